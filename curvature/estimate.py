@@ -1,0 +1,90 @@
+"""One-shot use: the curvature of a model over batches, without an optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from curvature.problem import Problem
+from curvature.protocols import CurvatureEstimator, CurvatureOperator, Needs, Observation, Statistics
+
+
+def estimate(
+    estimator: CurvatureEstimator,
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor],
+    batches: Iterable[tuple[Any, Any]],
+    *,
+    weight_fn: Callable[[Any], Any] | None = None,
+) -> CurvatureOperator:
+    """The curvature of ``loss_fn(model(inputs), target)`` at the present parameters, averaged exactly over ``batches``.
+
+    Several batches give what the one concatenated batch would give, normalised by the loss's own total weight.
+    No running mean: each batch counts by its share. ``.grad``, buffers, the training mode and the global random
+    state are left as they are.
+
+    Args:
+        estimator: any curvature estimator; see :func:`optimizers.available`.
+        model: called as ``model(inputs)``.
+        loss_fn: called as ``loss_fn(outputs, target)``, gives a scalar.
+        batches: ``(inputs, target)`` pairs: a list, a DataLoader, a generator.
+        weight_fn: the total weight of a batch from its target, where the loss itself does not tell.
+
+    Returns:
+        B at the θ of this call; vectors follow ``model.parameters()`` that require grad, shared ones once.
+
+    Raises:
+        ValueError: for no batches, a frozen model, or batches whose weights cannot be known.
+
+    >>> import torch
+    >>> from curvature import HutchinsonDiagonal
+    >>> model = torch.nn.Linear(2, 1, bias=False)
+    >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    >>> B = estimate(HutchinsonDiagonal(), model, torch.nn.MSELoss(), [(x, torch.zeros(2, 1))])
+    >>> B.diagonal()
+    [tensor([[1., 4.]])]
+
+    Cost: one forward pass and the estimator's ``measure`` a batch.
+    """
+    problem = Problem(model, loss_fn, batches, weight_fn)
+    own = getattr(estimator, "estimate", None)
+    if own is not None:  # matrix-free curvature keeps the problem itself in place of statistics
+        operator: CurvatureOperator = own(problem)
+        return operator
+    state = estimator.init(problem.params)
+    wants_gradient = Needs.GRAD in estimator.needs
+    measure = getattr(estimator, "measure", None)
+    statistics: Statistics = {}
+    gradient: list[Tensor] | None = None
+    loss: Tensor | None = None
+    for share, graph in problem.graphs():
+        if wants_gradient:
+            part = graph.gradient()
+            gradient = [share * g for g in part] if gradient is None else [a.add_(share * g) for a, g in zip(gradient, part)]
+        if measure is not None and estimator.needs.graph:
+            add_statistics(statistics, measure(state, graph), share)
+        value = share * graph.loss.detach()
+        loss = value if loss is None else loss + value
+    if gradient is None:
+        gradient = [p.new_zeros(()).expand(p.shape) for p in problem.params]
+    estimator.update(state, Observation(gradient, loss, None, statistics, (), problem.params))
+    return estimator.operator(state)
+
+
+def add_statistics(into: Statistics, part: Statistics, share: float | Tensor = 1.0) -> None:
+    """into += share · part: statistics are additive in the loss."""
+    for key, value in part.items():
+        if isinstance(value, list):
+            scaled: Tensor | list[Tensor] = [share * x for x in value]
+        else:
+            scaled = share * value
+        held = into.get(key)
+        if held is None:
+            into[key] = scaled
+        elif isinstance(held, list):
+            for a, b in zip(held, scaled, strict=True):
+                a.add_(b)
+        else:
+            held.add_(scaled)  # type: ignore[arg-type]

@@ -1,0 +1,187 @@
+"""The living autograd graph of one loss, and the products taken on it.
+
+Legend: θ the parameters, f the loss, z the model's outputs, J = ∂z/∂θ, H = ∇²f, H_z = ∂²f/∂z² (the loss's own
+curvature in output space). The Gauss-Newton matrix is Jᵀ H_z J.
+
+Everything goes through ``torch.autograd.grad``: ``.grad`` is never written, and no graph outlives this object.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class LossGraph:
+    """One loss at one θ, while its graph lives.
+
+    Args:
+        loss: a real scalar that requires grad.
+        params: the parameters to differentiate by, each requiring grad.
+        outputs: what the model returned on the way to ``loss``; needed for :meth:`ggn` and sampled labels. A
+            tensor, or a dict, tuple or dataclass in which :func:`output_tensor` finds one.
+    """
+
+    def __init__(self, loss: Tensor, params: Sequence[Tensor], outputs: Any = None) -> None:
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise ValueError(f"loss must be a scalar tensor, got {describe(loss)}; reduce it with .mean() or .sum()")
+        if not loss.requires_grad:
+            raise ValueError("loss must require grad: was it computed under torch.no_grad, or from a frozen model?")
+        self.loss = loss
+        self.params = list(params)
+        self._given_outputs = outputs
+        self._output: Tensor | None = None
+        self._differentiable_gradient: list[Tensor] | None = None
+        self._output_gradient: Tensor | None = None
+
+    @property
+    def output(self) -> Tensor:
+        """z: the one tensor of the model's outputs through which the loss is computed."""
+        if self._output is None:
+            if self._given_outputs is None:
+                raise ValueError("this curvature needs the model's outputs: call optimizer.backward(loss, outputs)")
+            self._output = output_tensor(self._given_outputs)
+            if not self._output.requires_grad:
+                raise ValueError("outputs must be the tensor that the loss was computed from, not detached from it")
+        return self._output
+
+    def gradient(self) -> list[Tensor]:
+        """∇f, detached, zeros for a parameter that the loss does not reach."""
+        return [g.detach() for g in self._grad(self.loss, retain_graph=True)]
+
+    def hvp(self, v: Sequence[Tensor]) -> list[Tensor]:
+        """H v, reverse over reverse: about two gradients a product, after one for the first.
+
+        Raises:
+            RuntimeError: where the model has no double backward; the message names the remedy.
+        """
+        if self._differentiable_gradient is None:
+            self._differentiable_gradient = self._grad(self.loss, create_graph=True)
+        pairs = [(g, x) for g, x in zip(self._differentiable_gradient, v, strict=True) if g.requires_grad]
+        if not pairs:  # a loss that is linear in θ
+            return [torch.zeros_like(p) for p in self.params]
+        with explain_missing_double_backward():
+            products = torch.autograd.grad(
+                [g for g, _ in pairs],
+                self.params,
+                [x.to(g.dtype) for g, x in pairs],
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        return [p.detach() for p in products]
+
+    def output_gradient(self) -> Tensor:
+        """∂f/∂z with a graph, so that :meth:`loss_hvp` can differentiate it again."""
+        if self._output_gradient is None:
+            (gradient,) = torch.autograd.grad(self.loss, self.output, create_graph=True, allow_unused=True)
+            if gradient is None:
+                raise ValueError("the loss does not depend on outputs: pass what the loss was computed from")
+            self._output_gradient = gradient
+        return self._output_gradient
+
+    def loss_hvp(self, v: Tensor) -> Tensor:
+        """H_z v, for v shaped like z; exact for any reduction, weighting, masking or smoothing of the loss."""
+        gradient = self.output_gradient()
+        if not gradient.requires_grad:
+            return torch.zeros_like(self.output)
+        with explain_missing_double_backward():
+            (product,) = torch.autograd.grad(
+                gradient, self.output, v.to(gradient.dtype), retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+        return product.detach()
+
+    def jvp(self, v: Sequence[Tensor]) -> Tensor:
+        """J v, by the double-backward trick: the derivative of u ↦ Jᵀu is linear, so any u serves."""
+        u = torch.zeros_like(self.output, requires_grad=True)
+        pulled = self._grad(self.output, u, create_graph=True)
+        pairs = [(g, x) for g, x in zip(pulled, v, strict=True) if g.requires_grad]
+        with explain_missing_double_backward():
+            (product,) = torch.autograd.grad(
+                [g for g, _ in pairs], u, [x.to(g.dtype) for g, x in pairs], allow_unused=True, materialize_grads=True
+            )
+        return product.detach()
+
+    def vjp(self, u: Tensor) -> list[Tensor]:
+        """Jᵀ u."""
+        return [g.detach() for g in self._grad(self.output, u, retain_graph=True)]
+
+    def ggn(self, v: Sequence[Tensor]) -> list[Tensor]:
+        """Jᵀ H_z J v."""
+        return self.vjp(self.loss_hvp(self.jvp(v)))
+
+    def release(self) -> None:
+        """Drop what holds the graph alive."""
+        self._differentiable_gradient = None
+        self._output_gradient = None
+
+    def _grad(
+        self, of: Tensor, seed: Tensor | None = None, *, retain_graph: bool = False, create_graph: bool = False
+    ) -> list[Tensor]:
+        return list(
+            torch.autograd.grad(
+                of,
+                self.params,
+                seed,
+                retain_graph=retain_graph or create_graph,
+                create_graph=create_graph,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        )
+
+
+class explain_missing_double_backward:
+    """Turn autograd's message about a missing second derivative into one that names the remedy."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, (RuntimeError, NotImplementedError)):
+            text = str(error)
+            if "derivative for" in text or "double backward" in text or "does not support" in text:
+                raise RuntimeError(
+                    "this model has no double backward (a compiled graph, flash attention or sharding): use "
+                    'hvp="finite-difference", or the math attention kernel; autograd said: ' + text.split("\n")[0]
+                ) from error
+
+
+def output_tensor(outputs: Any) -> Tensor:
+    """The one tensor of the model's outputs from which the loss is computed.
+
+    A tensor is itself; of a dict, a tuple or a dataclass it is the entry named ``logits``, or else the only
+    floating-point tensor that requires grad.
+
+    >>> output_tensor({"logits": torch.zeros(2), "hidden": torch.ones(2)})
+    tensor([0., 0.])
+    """
+    if isinstance(outputs, Tensor):
+        return outputs
+    if isinstance(outputs, Mapping):
+        named = dict(outputs)
+    elif dataclasses.is_dataclass(outputs) and not isinstance(outputs, type):
+        named = {f.name: getattr(outputs, f.name) for f in dataclasses.fields(outputs)}
+    elif isinstance(outputs, Sequence):
+        named = {str(i): x for i, x in enumerate(outputs)}
+    else:
+        raise TypeError(f"outputs must be a tensor, or a dict, tuple or dataclass of tensors, got {describe(outputs)}")
+    if isinstance(named.get("logits"), Tensor):
+        return named["logits"]  # type: ignore[no-any-return]
+    found = {k: x for k, x in named.items() if isinstance(x, Tensor) and x.is_floating_point() and x.requires_grad}
+    if len(found) != 1:
+        names = ", ".join(map(repr, found)) or "none"
+        raise ValueError(
+            f"outputs must hold one tensor from which the loss is computed (or one named 'logits'), found {names}: "
+            "pass that tensor itself"
+        )
+    return next(iter(found.values()))
+
+
+def describe(value: object) -> str:
+    """A short description of a value for messages: ``tensor of shape (2, 3)``."""
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__}"

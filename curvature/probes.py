@@ -1,0 +1,48 @@
+"""Random probe vectors, drawn from a generator of their own so that the global random state stays untouched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from curvature.vectors import compute_dtype
+
+Distribution = Literal["rademacher", "gaussian"]
+
+
+def generator(seed: int, index: int, device: torch.device) -> torch.Generator:
+    """A generator that depends only on ``seed`` and ``index``: the same on every rank and after a resume."""
+    # One stream a (seed, index): the odd constant spreads neighbouring pairs over the seed space.
+    return torch.Generator(device=device).manual_seed((seed * 0x9E3779B97F4A7C15 + index) % (1 << 63))
+
+
+def probe(params: Sequence[Tensor], seed: int, index: int, distribution: Distribution = "rademacher") -> list[Tensor]:
+    """One probe z with E[z zᵀ] = I, shaped like ``params``.
+
+    Args:
+        params: shapes, devices and dtypes.
+        seed: the user's seed.
+        index: which probe; the caller counts.
+        distribution: ``"rademacher"`` (±1; the smallest variance for a diagonal) or ``"gaussian"``.
+
+    >>> z = probe([torch.zeros(1000)], seed=0, index=0)[0]
+    >>> sorted(set(z.tolist()))
+    [-1.0, 1.0]
+    """
+    generators: dict[torch.device, torch.Generator] = {}
+    drawn = []
+    for p in params:
+        if p.device not in generators:
+            generators[p.device] = generator(seed, index, p.device)
+        dtype = compute_dtype(p.dtype)
+        if distribution == "rademacher":
+            bits = torch.randint(0, 2, p.shape, generator=generators[p.device], device=p.device, dtype=torch.int8)
+            drawn.append(bits.to(dtype).mul_(2).sub_(1))
+        elif distribution == "gaussian":
+            drawn.append(torch.randn(p.shape, generator=generators[p.device], device=p.device, dtype=dtype))
+        else:
+            raise ValueError(f"distribution must be 'rademacher' or 'gaussian', got {distribution!r}")
+    return drawn
