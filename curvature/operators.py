@@ -33,6 +33,8 @@ class Operator:
 
     #: Largest P for which the dense defaults below form a matrix; above it they refuse.
     dense_limit: int = 20_000
+    #: Whether B is diagonal: a region then minimises exactly, elementwise.
+    is_diagonal: bool = False
 
     def __init__(self, like: Sequence[Tensor]) -> None:
         self.like = list(like)
@@ -108,6 +110,8 @@ class DiagonalOperator(Operator):
     [tensor([2., 1.])]
     """
 
+    is_diagonal = True
+
     def __init__(self, values: Sequence[Tensor]) -> None:
         super().__init__(values)
         self.values = self.like
@@ -145,6 +149,8 @@ class IdentityOperator(Operator):
     >>> IdentityOperator([torch.zeros(2)]).solve([torch.ones(2)], damping=1.0)
     [tensor([0.5000, 0.5000])]
     """
+
+    is_diagonal = True
 
     def matvec(self, v: Sequence[Tensor]) -> list[Tensor]:
         """v."""

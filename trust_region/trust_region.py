@@ -1,0 +1,156 @@
+"""A trust region: a shape, a solver and a radius policy held together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from curvature import vectors
+from curvature.protocols import CurvatureEstimator, CurvatureOperator, Needs, State
+from trust_region.fixed_radius import FixedRadius
+from trust_region.protocols import Proposal, RadiusPolicy, Region, Solution, StepContext, Subproblem, Verdict
+from trust_region.unbounded import Unbounded
+
+
+@dataclass(frozen=True)
+class TrustRegion:
+    """How far to believe the model, and how that adapts.
+
+    Args:
+        region: the shape of the region.
+        subproblem: how to find the step with a general B; ``None`` uses the region's own minimiser, which is exact
+            for a diagonal B and solve-then-project otherwise.
+        radius: the policy that adapts Δ, λ or σ.
+
+    Raises:
+        ValueError: for a solver that works in the Euclidean ball only, given another region.
+
+    >>> from trust_region import FixedRadius, L2Ball
+    >>> from curvature import DiagonalOperator
+    >>> trust = TrustRegion(region=L2Ball(), radius=FixedRadius(0.5))
+    >>> state = trust.init([torch.zeros(2)])
+    >>> proposal = trust.propose(state, [torch.tensor([3.0, 4.0])], DiagonalOperator([torch.ones(2)]))
+    >>> proposal.step
+    [tensor([-0.3000, -0.4000])]
+    """
+
+    region: Region = field(default_factory=Unbounded)
+    subproblem: Subproblem | None = None
+    radius: RadiusPolicy = field(default_factory=FixedRadius)
+
+    def __post_init__(self) -> None:
+        wanted = getattr(self.subproblem, "regions", None)
+        if wanted is not None and not isinstance(self.region, wanted):
+            names = " or ".join(w.__name__ for w in wanted)
+            raise ValueError(
+                f"{type(self.subproblem).__name__} finds steps inside {names} only, got {type(self.region).__name__}"
+            )
+        mine, theirs = getattr(self.region, "scope", None), getattr(self.radius, "scope", None)
+        if theirs == "tensor" and mine != "tensor":
+            raise ValueError('a radius a tensor (scope="tensor") needs a region with scope="tensor"')
+
+    @property
+    def needs(self) -> Needs:
+        """What the three parts must be shown."""
+        needs = self.region.needs | self.radius.needs
+        return needs | self.subproblem.needs if self.subproblem is not None else needs
+
+    @property
+    def lagged(self) -> bool:
+        """Whether the policy judges a step by the loss of the next one."""
+        return self.radius.lagged
+
+    def init(self, params: Sequence[Tensor], estimator: CurvatureEstimator | None = None) -> State:
+        """Fresh state of region and policy, one dictionary."""
+        state: State = dict(self.radius.init(params))
+        for key, value in self.region.init(params, estimator).items():
+            if key in state:
+                raise ValueError(f"region and radius policy both keep a state entry {key!r}")
+            state[key] = value
+        return state
+
+    def propose(
+        self,
+        state: State,
+        gradient: Sequence[Tensor],
+        curvature: CurvatureOperator,
+        context: StepContext | None = None,
+    ) -> Proposal:
+        """The step to try, the learning rate included.
+
+        Args:
+            state: of this trust region.
+            gradient: g or its running mean, one tensor a parameter.
+            curvature: B.
+            context: learning rates, parameters, the raw gradient.
+
+        Returns:
+            the step, its predicted reduction (> 0, or 0 where g = 0), its norm, whether the boundary was hit.
+        """
+        context = context if context is not None else StepContext()
+        radius = cast("Tensor | list[Tensor]", state.get("radius", vectors.scalar_like(gradient, float("inf"))))
+        damping = cast("Tensor | float", state.get("damping", 0.0))
+        if self.subproblem is not None:
+            if "sigma" in state:
+                radius = cast(Tensor, state["sigma"])
+            solution = self.subproblem.solve(gradient, curvature, cast(Tensor, radius), damping)
+        else:
+            solution = self.region.minimise(state, gradient, curvature, radius, damping, context)
+        predict = getattr(self.radius, "predict", None)
+        if predict is not None:
+            parts = cast("list[Tensor]", predict(gradient, curvature, solution, context))
+        else:
+            parts = predicted_parts(gradient, curvature, solution, context)
+        step = scaled_by_lr(solution.step, context.lr)
+        return Proposal(
+            step=step,
+            predicted_reduction=vectors.total(parts),
+            step_norm=vectors.norm(step),
+            on_boundary=solution.on_boundary,
+            predicted_parts=parts,
+            solution=solution,
+            diagnostics=solution.diagnostics,
+        )
+
+    def judge(
+        self,
+        state: State,
+        proposal: Proposal,
+        actual_reduction: Tensor,
+        trial_gradient_norm: Tensor | None = None,
+    ) -> Verdict:
+        """Accept or reject the trial, and adapt."""
+        return self.radius.judge(state, proposal, actual_reduction, trial_gradient_norm)
+
+    def review(self, state: State, proposal: Proposal, loss: Tensor | None) -> Verdict:
+        """Judge the previous step by this step's loss; for lagged policies."""
+        return self.radius.review(state, proposal, loss)
+
+
+def scaled_by_lr(step: Sequence[Tensor], lr: Sequence[float | Tensor] | None) -> list[Tensor]:
+    """η_i p_i for every tensor."""
+    if lr is None:
+        return list(step)
+    return [p * (eta.to(p.device, p.dtype) if isinstance(eta, Tensor) else eta) for p, eta in zip(step, lr, strict=True)]
+
+
+def predicted_parts(
+    gradient: Sequence[Tensor], curvature: CurvatureOperator, solution: Solution, context: StepContext
+) -> list[Tensor]:
+    """-(gᵀp + ½ pᵀBp) of the step as it will be taken, its share for every tensor; their sum is the prediction.
+
+    Where every tensor has the same learning rate η the product B p of the solver is reused: B(ηp) = ηBp.
+    """
+    step = scaled_by_lr(solution.step, context.lr)
+    product = solution.curvature_step
+    same = context.lr is None or all(eta is context.lr[0] or eta == context.lr[0] for eta in context.lr[1:])
+    if product is not None and same:
+        product = scaled_by_lr(product, context.lr)
+    else:
+        product = curvature.matvec(step)
+    linear, quadratic = vectors.dots(gradient, step), vectors.dots(product, step)
+    return [-(a + 0.5 * b) for a, b in zip(linear, quadratic, strict=True)]
