@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import optimizers
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -52,7 +54,6 @@ def test_relative_links_resolve() -> None:
 
 
 def test_table_of_presets_lists_what_is_available() -> None:
-    optimizers = pytest.importorskip("optimizers")
     section = README.split("<!-- presets -->")[1].split("<!-- presets end -->")[0]
     cells = [row.split("|")[1] for row in section.splitlines() if row.startswith("| `")]
     listed = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}

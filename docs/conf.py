@@ -1,0 +1,144 @@
+"""Sphinx configuration. Build with: python -m sphinx -W -n -b html docs docs/_build/html."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import tomllib
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
+
+HERE = Path(__file__).parent
+PROJECT = tomllib.loads((HERE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+project = "soaa"
+author = "The soaa developers"
+project_copyright = "2026, The soaa developers"
+release = version = PROJECT["version"]
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "sphinxcontrib.bibtex",
+]
+exclude_patterns = ["_build", "_inventories", "**/README.md"]
+nitpicky = True
+
+# -- pages -----------------------------------------------------------------------------------------------------
+myst_enable_extensions = ["amsmath", "attrs_block", "attrs_inline", "colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+bibtex_bibfiles = ["references.bib"]
+bibtex_default_style = "plain"
+bibtex_reference_style = "author_year"
+
+# -- reference -------------------------------------------------------------------------------------------------
+autodoc_member_order = "bysource"
+autodoc_default_options = {"members": True, "show-inheritance": False}
+# Types stand in the signature only: a second list of them below the prose repeats and drifts.
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 88
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+napoleon_custom_sections = [
+    ("Shape", "returns_style"),
+    ("Shapes", "returns_style"),
+    "Cost",
+    "Reference",
+    "Mathematics",
+    "Unit",
+]
+# These names are imported under `if TYPE_CHECKING`, or stand unqualified in an annotation.
+autodoc_type_aliases = {"Tensor": "torch.Tensor", "Module": "torch.nn.Module"}
+
+# -- links to other projects -------------------------------------------------------------------------------------
+# A build must not depend on a network, and intersphinx only warns about an inventory that it cannot fetch. So the
+# few foreign names that our pages link to are listed, readably, in _inventories/*.txt; `setup` packs them in the
+# format that intersphinx reads. A foreign name missing there stays plain text, by the patterns below.
+INVENTORIES = {
+    "python": "https://docs.python.org/3",
+    "torch": "https://docs.pytorch.org/docs/stable",
+    "numpy": "https://numpy.org/doc/stable",
+    "scipy": "https://docs.scipy.org/doc/scipy",
+}
+intersphinx_mapping = {
+    name: (url, str(HERE / "_build" / "inventories" / f"{name}.inv")) for name, url in INVENTORIES.items()
+}
+nitpick_ignore_regex = [
+    (r"py:.*", r"(torch|numpy|np|scipy|sklearn|matplotlib|optuna|typer|rich|pooch|nn)\..*"),
+    (r"py:.*", r"(collections|enum|dataclasses|pathlib|typing|types|abc|fractions|os)\..*"),
+    # Names that annotations use unqualified, because they are imported for type checking only.
+    (r"py:.*", r"(Tensor|Module|Parameter|Generator|Callable|Iterable|Iterator|Sequence|Mapping|Any|Path)"),
+    # Type variables and the state of an estimator or a policy, which each defines for itself.
+    (r"py:.*", r"([A-Z]|State|.*\.(State|[A-Z]))"),
+    (r"py:.*", r"optional"),
+]
+
+# -- html ------------------------------------------------------------------------------------------------------
+html_theme = "furo"
+html_title = "soaa"
+html_static_path = ["_static"]
+html_css_files = ["custom.css"]
+html_theme_options = {"navigation_with_keys": True, "top_of_page_buttons": []}
+html_show_sourcelink = False
+pygments_style = "friendly"
+pygments_dark_style = "github-dark"
+
+# Mathematics renders without a network: MathJax comes from the package django-static-mathjax (its files alone,
+# no Django), and `copy_mathjax` puts the one self-contained script, SVG output with its fonts inside, beside the
+# pages. Committing the 2 MB bundle would put a build output under version control; images of formulas would need
+# a TeX installation and would not follow the dark mode. `docs/explanation/decisions.md` has the comparison.
+MATHJAX = "mathjax/tex-svg-full.js"
+mathjax_path = MATHJAX
+mathjax3_config = {
+    "tex": {"macros": {"R": r"\mathbb{R}", "argmin": r"\operatorname*{arg\,min}", "T": r"{\!\top}"}},
+    "svg": {"fontCache": "global"},
+    "options": {"enableMenu": False},
+}
+
+
+def pack_inventories() -> None:
+    """Write each ``_inventories/NAME.txt`` (lines of: name role uri) as an inventory that intersphinx reads."""
+    target = HERE / "_build" / "inventories"
+    target.mkdir(parents=True, exist_ok=True)
+    for name in INVENTORIES:
+        lines = (HERE / "_inventories" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+        entries = (line.split() for line in lines if line and not line.startswith("#"))
+        body = "".join(f"{dotted} {role} 1 {uri} -\n" for dotted, role, uri in entries)
+        head = f"# Sphinx inventory version 2\n# Project: {name}\n# Version: \n"
+        head += "# The remainder of this file is compressed using zlib.\n"
+        (target / f"{name}.inv").write_bytes(head.encode() + zlib.compress(body.encode()))
+
+
+def copy_mathjax(app: Sphinx, exception: Exception | None) -> None:
+    """Put MathJax beside the pages; without the package the build fails, since no formula would render."""
+    if exception is not None or app.builder.format != "html":
+        return
+    spec = importlib.util.find_spec("mathjax")
+    if spec is None or spec.origin is None:
+        raise RuntimeError('MathJax is missing: install the documentation extra, pip install -e ".[docs]"')
+    files = Path(spec.origin).parent / "static" / "mathjax"
+    target = Path(app.outdir) / "_static" / "mathjax"
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(files / "es5" / "tex-svg-full.js", target / "tex-svg-full.js")
+    shutil.copyfile(files / "LICENSE", target / "LICENSE")
+
+
+def setup(app: Sphinx) -> None:
+    """Entry point of Sphinx."""
+    pack_inventories()
+    app.connect("build-finished", copy_mathjax)
