@@ -11,6 +11,8 @@ from trust_region.protocols import (
     Subproblem,
     Verdict,
 )
+from trust_region.rms_box import RmsBox
+from trust_region.soaa_radius import SOAARadius
 from trust_region.trust_region import TrustRegion
 from trust_region.unbounded import Shape, Unbounded
 
@@ -20,6 +22,8 @@ __all__ = [
     "Proposal",
     "RadiusPolicy",
     "Region",
+    "RmsBox",
+    "SOAARadius",
     "Shape",
     "Solution",
     "StepContext",

@@ -1,0 +1,173 @@
+"""A box whose sides are measured in root-mean-square gradients: the region of Adam, Tadam and SOAA.
+
+Legend: g the (mean) gradient, h the diagonal of B, v̂ the bias-corrected running mean of squared gradients, d the
+radius, s = Σg²/Σ(v̂+ε), F = (1+s)h, u = -p the step downhill. Equations of SOAA: arXiv 2410.02293.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from curvature import vectors
+from curvature.protocols import CurvatureEstimator, CurvatureOperator, State
+from curvature.running_mean import bias_corrected, check_beta
+from trust_region.protocols import Solution, StepContext
+from trust_region.unbounded import Shape
+
+
+@dataclass(frozen=True)
+class RmsBox(Shape):
+    """{p : |p_i| <= d |g_i| / √v̂_i}: no element moves further than d times Adam's step.
+
+    Inside the box stands the natural-gradient step g/F with F = (1+s)h; where that leaves the box the step is Adam's
+    times d: u = d g / (max(d F, √v̂) + ε). With ``interior=False`` the step always goes to the edge of the box, and a
+    fixed radius of 1 makes it Adam's. A negative h goes to the edge, which is the exact minimiser there.
+
+    The second moment v̂ is the curvature's own where that is the empirical Fisher diagonal (SOAA, Adam: no extra
+    memory); beside any other curvature the region keeps one.
+
+    Args:
+        eps: ε > 0 is added to the denominator and to v̂ inside s.
+        scope: whether s spans all tensors (``"global"``, the paper's vector form) or every ``"tensor"`` its own.
+        interior: whether the step may end inside the box; ``False`` is Adam's.
+        rank_one_scale: whether the curvature is scaled by 1 + s (SOAA's correction for the gradient's own direction).
+        beta: decay of the region's own second moment, beside curvature that has none.
+
+    >>> from curvature import EmpiricalFisherDiagonal, Observation
+    >>> adam, g = EmpiricalFisherDiagonal(), [torch.tensor([3.0, -4.0])]
+    >>> moments = adam.init(g)
+    >>> adam.update(moments, Observation(gradient=g))
+    >>> box = RmsBox(interior=False)
+    >>> box.minimise({}, g, adam.operator(moments), torch.tensor(1.0), 0.0, StepContext()).step
+    [tensor([-1.0000,  1.0000])]
+
+    Cost: O(P). Beside a curvature that is not diagonal the step is (B+λI)⁻¹g clipped to the box.
+    References: SOAA 2024, arXiv 2410.02293; Yang, Cho & Lee 2023 (Tadam).
+    """
+
+    eps: float = 1e-8
+    scope: Literal["global", "tensor"] = "global"
+    interior: bool = True
+    rank_one_scale: bool = True
+    beta: float = 0.999
+
+    def __post_init__(self) -> None:
+        check_beta(self.beta)
+        if not self.eps > 0:
+            raise ValueError(f"eps must be > 0, got {self.eps}")
+        if self.scope not in ("global", "tensor"):
+            raise ValueError(f"scope must be 'global' or 'tensor', got {self.scope!r}")
+
+    def init(self, params: Sequence[Tensor], estimator: CurvatureEstimator | None = None) -> State:
+        """A second moment of its own, unless the estimator keeps one."""
+        if estimator is None or getattr(estimator, "tracks_second_moment", False):
+            return {}
+        return {
+            "box_second_moment": vectors.zeros_like(params),
+            "box_count": [vectors.scalar_like([p]) for p in params],
+        }
+
+    def observe(self, state: State, context: StepContext) -> None:
+        """Take this step's gradient into the region's own second moment."""
+        if "box_second_moment" not in state or context.raw_gradient is None:
+            return
+        moments, counts = cast("list[Tensor]", state["box_second_moment"]), cast("list[Tensor]", state["box_count"])
+        for v, t, g in zip(moments, counts, context.raw_gradient, strict=True):
+            if g is not None:
+                v.mul_(self.beta).addcmul_(g.to(v.dtype), g.to(v.dtype), value=1.0 - self.beta)
+                t.add_(1.0)
+
+    def second_moment(self, state: State, curvature: CurvatureOperator) -> list[Tensor]:
+        """v̂: the region's own, or the curvature's diagonal."""
+        if "box_second_moment" in state:
+            return bias_corrected(state["box_second_moment"], state["box_count"], self.beta)  # type: ignore[arg-type]
+        return curvature.diagonal()
+
+    def minimise(
+        self,
+        state: State,
+        gradient: Sequence[Tensor],
+        curvature: CurvatureOperator,
+        radius: Tensor | Sequence[Tensor],
+        damping: Tensor | float,
+        context: StepContext,
+    ) -> Solution:
+        """-u, exact for a diagonal B."""
+        moment = self.second_moment(state, curvature)
+        d = list(radius) if isinstance(radius, (list, tuple)) else [cast(Tensor, radius)] * len(moment)
+        if not self.interior:
+            return adam_step(gradient, moment, d, self.eps)
+        if not getattr(curvature, "is_diagonal", False):
+            newton = vectors.negative(curvature.solve(gradient, damping))
+            step = self.project(state, newton, gradient, curvature, radius, context)
+            inside = count_equal(step, newton)
+            return _solution(step, inside, vectors.numel(step), {})
+        scale = self.curvature_scale(gradient, moment)
+        step, inside = [], []
+        for g, h, v, d_i, scale_i in zip(gradient, curvature.diagonal(), moment, d, scale, strict=True):
+            d_i, scale_i = vectors.on(g.device, d_i, scale_i)
+            rms = v.sqrt()
+            curved = (h * scale_i).add_(damping).mul_(d_i) if _is_nonzero(damping) else h * (scale_i * d_i)
+            inside.append(torch.count_nonzero(curved > rms))
+            denominator = torch.maximum(curved, rms, out=rms).add_(self.eps)
+            step.append(torch.div(g, denominator, out=denominator).mul_(-d_i))
+        diagnostics: dict[str, object] = {"curvature_scale": scale}
+        return _solution(step, inside, vectors.numel(step), diagnostics)
+
+    def curvature_scale(self, gradient: Sequence[Tensor], moment: Sequence[Tensor]) -> list[Tensor]:
+        """1 + s for every tensor; s = Σg² / Σ(v̂+ε) over all tensors, or over each its own."""
+        if not self.rank_one_scale:
+            return [torch.ones((), dtype=v.dtype, device=v.device) for v in moment]
+        squares = vectors.dots(gradient, gradient)
+        masses = [v.sum() + self.eps * v.numel() for v in moment]
+        if self.scope == "tensor":
+            return [1.0 + a / b if v.numel() else torch.ones_like(a) for a, b, v in zip(squares, masses, moment, strict=True)]
+        return [1.0 + vectors.total(squares) / vectors.total(masses)] * len(moment)
+
+    def project(
+        self,
+        state: State,
+        step: Sequence[Tensor],
+        gradient: Sequence[Tensor],
+        curvature: CurvatureOperator,
+        radius: Tensor | Sequence[Tensor],
+        context: StepContext,
+    ) -> list[Tensor]:
+        """``step`` clipped element by element to d|g|/(√v̂+ε)."""
+        moment = self.second_moment(state, curvature)
+        d = list(radius) if isinstance(radius, (list, tuple)) else [cast(Tensor, radius)] * len(moment)
+        clipped = []
+        for p, g, v, d_i in zip(step, gradient, moment, d, strict=True):
+            half_width = g.abs().div_(v.sqrt().add_(self.eps)).mul_(d_i.to(g.device))
+            clipped.append(torch.clamp(p, min=-half_width, max=half_width))
+        return clipped
+
+
+def adam_step(gradient: Sequence[Tensor], moment: Sequence[Tensor], radius: Sequence[Tensor], eps: float) -> Solution:
+    """-d g / (√v̂ + ε): to the edge of the box in every element."""
+    step = []
+    for g, v, d in zip(gradient, moment, radius, strict=True):
+        denominator = v.sqrt().add_(eps)
+        step.append(torch.div(g, denominator, out=denominator).mul_(-d.to(g.device)))
+    return _solution(step, [torch.zeros((), dtype=torch.int64, device=step[0].device)], vectors.numel(step), {})
+
+
+def count_equal(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
+    """How many elements are equal, for every tensor."""
+    return [torch.count_nonzero(x == y) for x, y in zip(a, b, strict=True)]
+
+
+def _is_nonzero(damping: Tensor | float) -> bool:
+    return isinstance(damping, Tensor) or damping != 0.0
+
+
+def _solution(step: list[Tensor], inside: list[Tensor], size: int, diagnostics: dict[str, object]) -> Solution:
+    """Telemetry: the fraction of elements strictly inside the box is the fraction where the curvature is live."""
+    count = vectors.total(inside)
+    diagnostics["fisher_active_fraction"] = count.to(vectors.compute_dtype(step[0].dtype)) / max(size, 1)
+    return Solution(step=step, on_boundary=count < size, diagnostics=diagnostics)
