@@ -33,7 +33,7 @@ extensions = [
 exclude_patterns = ["_build", "_inventories", "**/README.md"]
 nitpicky = True
 
-# -- pages -----------------------------------------------------------------------------------------------------
+# -- pages
 myst_enable_extensions = ["amsmath", "attrs_block", "attrs_inline", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
@@ -42,7 +42,7 @@ bibtex_bibfiles = ["references.bib"]
 bibtex_default_style = "plain"
 bibtex_reference_style = "author_year"
 
-# -- reference -------------------------------------------------------------------------------------------------
+# -- reference
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "show-inheritance": False}
 # Types stand in the signature only: a second list of them below the prose repeats and drifts.
@@ -65,10 +65,10 @@ napoleon_custom_sections = [
 # These names are imported under `if TYPE_CHECKING`, or stand unqualified in an annotation.
 autodoc_type_aliases = {"Tensor": "torch.Tensor", "Module": "torch.nn.Module"}
 
-# -- links to other projects -------------------------------------------------------------------------------------
-# A build must not depend on a network, and intersphinx only warns about an inventory that it cannot fetch. So the
-# few foreign names that our pages link to are listed, readably, in _inventories/*.txt; `setup` packs them in the
-# format that intersphinx reads. A foreign name missing there stays plain text, by the patterns below.
+# -- links to other projects
+# A build must not depend on a network, and intersphinx only warns about an inventory that it cannot fetch. So
+# the few foreign names that our pages link to are listed, readably, in _inventories/*.txt; `setup` packs them
+# in the format that intersphinx reads. A foreign name missing there stays plain text, by the patterns below.
 INVENTORIES = {
     "python": "https://docs.python.org/3",
     "torch": "https://docs.pytorch.org/docs/stable",
@@ -88,7 +88,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"optional"),
 ]
 
-# -- html ------------------------------------------------------------------------------------------------------
+# -- html
 html_theme = "furo"
 html_title = "soaa"
 html_static_path = ["_static"]
@@ -98,10 +98,9 @@ html_show_sourcelink = False
 pygments_style = "friendly"
 pygments_dark_style = "github-dark"
 
-# Mathematics renders without a network: MathJax comes from the package django-static-mathjax (its files alone,
-# no Django), and `copy_mathjax` puts the one self-contained script, SVG output with its fonts inside, beside the
-# pages. Committing the 2 MB bundle would put a build output under version control; images of formulas would need
-# a TeX installation and would not follow the dark mode. `docs/explanation/decisions.md` has the comparison.
+# Mathematics renders without a network: MathJax comes from the package django-static-mathjax (its files
+# alone, no Django), and `copy_mathjax` puts the one self-contained script, SVG output with its fonts inside,
+# beside the pages. docs/explanation/decisions.md has the alternatives.
 MATHJAX = "mathjax/tex-svg-full.js"
 mathjax_path = MATHJAX
 mathjax3_config = {
@@ -112,7 +111,7 @@ mathjax3_config = {
 
 
 def pack_inventories() -> None:
-    """Write each ``_inventories/NAME.txt`` (lines of: name role uri) as an inventory that intersphinx reads."""
+    """Write each ``_inventories/NAME.txt`` (name, role, address a line) as intersphinx reads it."""
     target = HERE / "_build" / "inventories"
     target.mkdir(parents=True, exist_ok=True)
     for name in INVENTORIES:
