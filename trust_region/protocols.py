@@ -68,6 +68,7 @@ class Proposal:
         predicted_parts: the prediction of every tensor, where the policy keeps one radius a tensor.
         solution: what the subproblem solver reported.
         diagnostics: further scalars for telemetry, such as ``interior_threshold``.
+        loss: the loss at θ where known, so that a policy can tell a reduction from the loss's own rounding.
     """
 
     step: list[Tensor]
@@ -77,6 +78,7 @@ class Proposal:
     predicted_parts: list[Tensor] | None = None
     solution: Solution | None = None
     diagnostics: dict[str, object] = field(default_factory=dict)
+    loss: Tensor | None = None
 
 
 @dataclass
@@ -87,11 +89,13 @@ class Verdict:
         accepted: bool.
         ratio: ρ; NaN where nothing was predicted yet.
         radius: what the policy adapts, afterwards: Δ, λ or σ (for λ and σ, to shrink the region is to grow them).
+        actual_reduction: what a lagged policy measured for the previous step.
     """
 
     accepted: Tensor
     ratio: Tensor
     radius: Tensor
+    actual_reduction: Tensor | None = None
 
 
 @runtime_checkable

@@ -120,7 +120,7 @@ class SOAARadius(Policy):
             ratios.append(ratio)
             d.copy_(radius)
             P.copy_(torch.where(here[2], predicted, P))
-        return Verdict(accepted, ratios[0], radii[0].clone())
+        return Verdict(accepted, ratios[0], radii[0].clone(), torch.where(finite, smoothed - loss, float("nan")))
 
     def adapted(
         self, radius: Tensor, predicted: Tensor, actual_reduction: Tensor, steps: Tensor, finite: Tensor

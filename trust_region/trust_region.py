@@ -94,6 +94,9 @@ class TrustRegion:
         context = context if context is not None else StepContext()
         radius = cast("Tensor | list[Tensor]", state.get("radius", vectors.scalar_like(gradient, float("inf"))))
         damping = cast("Tensor | float", state.get("damping", 0.0))
+        observe = getattr(self.region, "observe", None)
+        if observe is not None:
+            observe(state, context)
         if self.subproblem is not None:
             if "sigma" in state:
                 radius = cast(Tensor, state["sigma"])
@@ -114,6 +117,7 @@ class TrustRegion:
             predicted_parts=parts,
             solution=solution,
             diagnostics=solution.diagnostics,
+            loss=context.loss,
         )
 
     def judge(

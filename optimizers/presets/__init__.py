@@ -1,0 +1,6 @@
+"""Known optimizers as compositions, one small file each."""
+
+from optimizers.presets.adamw import AdamW
+from optimizers.presets.soaa import SOAA
+
+__all__ = ["AdamW", "SOAA"]

@@ -1,0 +1,56 @@
+"""Trust-region Newton with Steihaug's conjugate gradients: SciPy's ``trust-ncg`` on a torch closure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from curvature import Hessian
+from optimizers.registry import optimizers
+from optimizers.second_order import SecondOrder
+from trust_region import L2Ball, RatioRadius, SteihaugCG, TrustRegion
+
+
+class TrustRegionNewton(SecondOrder):
+    """Hessian products x Euclidean ball by Steihaug-CG x the classical ratio. One ``step(closure)`` is one trial.
+
+    Args:
+        params: parameters or groups.
+        lr: multiplies the step; leave it at 1, since the trial is judged.
+        initial_radius: Δ_0 > 0.
+        max_radius: the largest Δ.
+        eta: the smallest ratio that is accepted.
+        weight_decay: decoupled, λ >= 0.
+        **options: of :class:`SecondOrder`.
+
+    Cost: one gradient, one forward pass and a few Hessian-vector products a trial; no state but the radius.
+    References: Steihaug 1983; Nocedal & Wright 2006, algorithms 4.1 and 7.2; Conn, Gould & Toint 2000.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1.0,
+        initial_radius: float = 1.0,
+        max_radius: float = 1000.0,
+        eta: float = 0.15,
+        weight_decay: float = 0.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            curvature=Hessian(),
+            trust_region=TrustRegion(
+                region=L2Ball(),
+                subproblem=SteihaugCG(),
+                radius=RatioRadius(initial_radius=initial_radius, max_radius=max_radius, eta=eta),
+            ),
+            weight_decay=weight_decay,
+            **options,
+        )
+
+
+optimizers.add("trust-region-newton", TrustRegionNewton)

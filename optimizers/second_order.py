@@ -1,0 +1,477 @@
+"""The optimizer: three choices composed into a ``torch.optim.Optimizer``."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from curvature import vectors
+from curvature.identity import Identity
+from curvature.loss_graph import LossGraph
+from curvature.protocols import TRANSIENT, CurvatureEstimator, Needs, Observation, State
+from optimizers import core, state_layout, trial
+from optimizers.momentum import Momentum, RunningMean
+from optimizers.pending import Pending
+from optimizers.step_info import StepInfo
+from trust_region import Proposal, TrustRegion, Verdict
+
+
+class SecondOrder(torch.optim.Optimizer):
+    """An optimizer made of three choices: what curvature, what region of trust, how its radius adapts.
+
+    Args:
+        params: parameters, or groups of them; a group may set ``lr``, ``momentum``, ``weight_decay`` and ``maximize``.
+        lr: η >= 0, multiplies the proposed step; where a trial is judged leave it at 1.
+        curvature: the estimator of B; ``None`` is the identity.
+        trust_region: region, solver and radius policy; ``None`` believes the model everywhere.
+        momentum: β in [0, 1) of the gradient's bias-corrected running mean, or a
+            :class:`optimizers.momentum.Momentum`; 0 keeps none.
+        weight_decay: λ >= 0, decoupled: θ ← θ - ηλθ.
+        maximize: climb in place of descending; for curvature that needs only gradients.
+        compile: ``True`` compiles the step where only gradients are needed; ``False`` runs it as foreach calls;
+            ``"auto"`` compiles on an accelerator.
+
+    Raises:
+        ValueError: for arguments out of range, or parts that do not fit together.
+
+    >>> from curvature import EmpiricalFisherDiagonal
+    >>> from trust_region import RmsBox, SOAARadius, TrustRegion
+    >>> model = torch.nn.Linear(3, 1)
+    >>> optimizer = SecondOrder(
+    ...     model.parameters(), lr=1e-2, curvature=EmpiricalFisherDiagonal(),
+    ...     trust_region=TrustRegion(region=RmsBox(), radius=SOAARadius(total_steps=100)), momentum=0.9)
+    >>> loss = model(torch.ones(2, 3)).square().mean()
+    >>> optimizer.backward(loss)
+    >>> optimizer.step()
+    >>> float(optimizer.step_info.radius)
+    1.0
+
+    Cost: that of its parts; see their docstrings.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        *,
+        curvature: CurvatureEstimator | None = None,
+        trust_region: TrustRegion | None = None,
+        momentum: float | Momentum = 0.0,
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        compile: bool | Literal["auto"] = "auto",  # noqa: A002
+    ) -> None:
+        self.curvature: CurvatureEstimator = Identity() if curvature is None else curvature
+        self.trust_region = TrustRegion() if trust_region is None else trust_region
+        self.momentum: Momentum = RunningMean(momentum) if isinstance(momentum, (int, float)) else momentum
+        self.compile = compile
+        self.needs: Needs = self.curvature.needs | self.trust_region.needs
+        self._set_transients()
+        self._curvature_state: State = {}
+        self._region_state: State = {}
+        defaults = {"lr": lr, "momentum": self.momentum.beta, "weight_decay": weight_decay, "maximize": maximize}
+        super().__init__(params, defaults)
+
+    def _set_transients(self) -> None:
+        self._pending = Pending()
+        self._in_trial = False
+        self._trial_needs_gradient = False
+        self._backward_called = False
+        self._warned_no_loss = False
+        self.step_info = StepInfo()
+
+    # -- parameters and state -------------------------------------------------------------------------------------
+
+    @property
+    def _params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _per_parameter(self, name: str) -> list[Any]:
+        return [group[name] for group in self.param_groups for _ in group["params"]]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its state is created at once, the state of the others is kept."""
+        kept = len(self._params)
+        super().add_param_group(param_group)
+        try:
+            check_group(self.param_groups[-1], self.needs)
+        except Exception:
+            self.param_groups.pop()
+            raise
+        params = self._params
+        for p in params[kept:]:
+            entries = self.state[p]
+            entries["step"] = vectors.scalar_like([p])
+            if self.param_groups[-1]["momentum"] != 0.0:
+                entries["momentum"] = vectors.zeros_like([p])[0]
+            if getattr(self.curvature, "tracks_steps", False):
+                entries["step_change"] = vectors.zeros_like([p])[0]
+        first = self.state[params[0]]
+        first.setdefault("skipped_steps", vectors.scalar_like(params))
+        curvature, region = self.curvature.init(params), self.trust_region.init(params, self.curvature)
+        self._curvature_state = state_layout.extend(self._curvature_state, curvature, kept)
+        self._region_state = state_layout.extend(self._region_state, region, kept)
+        self._scatter()
+
+    def _scatter(self) -> None:
+        params = self._params
+        state_layout.scatter(self.state, "curvature", self._curvature_state, params)
+        state_layout.scatter(self.state, "trust_region", self._region_state, params)
+
+    def _regather(self) -> None:
+        params = self._params
+        self._curvature_state = state_layout.regather(self.state, "curvature", self._curvature_state, params)
+        self._region_state = state_layout.regather(self.state, "trust_region", self._region_state, params)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The three choices travel with the state, so that deepcopy and pickle keep them."""
+        held: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        for name in ("curvature", "trust_region", "momentum", "compile", "needs"):
+            held[name] = getattr(self, name)
+        held["_curvature_state"] = {k: v for k, v in self._curvature_state.items() if k != TRANSIENT}
+        held["_region_state"] = {k: v for k, v in self._region_state.items() if k != TRANSIENT}
+        return held
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore; what was pending belongs to the graph of another object and is not."""
+        super().__setstate__(state)
+        self._set_transients()
+        attach = getattr(self.curvature, "attach", None)
+        if attach is not None:
+            attach(self._params)
+        self._regather()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict()`` gave, from a run of the same composition; a mismatch changes nothing.
+
+        PyTorch casts loaded state to the parameter's dtype; here it keeps the dtype that it was kept in, so float32
+        moments of bfloat16 parameters survive.
+
+        Raises:
+            ValueError: where groups, entries or shapes do not fit.
+        """
+        groups, saved = state_dict["param_groups"], state_dict["state"]
+        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
+            raise ValueError(
+                "loaded state dict has groups of "
+                f"{[len(g['params']) for g in groups]} parameters, this optimizer of {[len(g['params']) for g in self.param_groups]}"
+            )
+        ids = [i for group in groups for i in group["params"]]
+        params = self._params
+        fresh: dict[Tensor, dict[str, Any]] = {}
+        for i, p in zip(ids, params, strict=True):
+            loaded = dict(saved.get(i, {}))
+            expected = dict(self.state[p])
+            if "momentum" in loaded and "momentum" not in expected:
+                expected["momentum"] = vectors.zeros_like([p])[0]
+            state_layout.check_matches(expected, loaded, f"parameter {i}")
+            fresh[p] = {name: state_layout.restored(value, loaded[name]) for name, value in expected.items()}
+        super().load_state_dict({**state_dict, "state": {}})
+        for p, entries in fresh.items():
+            self.state[p] = entries
+        self._regather()
+        self._pending.discard()
+
+    def state_bytes(self) -> int:
+        """Bytes that this optimizer keeps beside parameters and gradients."""
+        return state_layout.bytes_of(self.state)
+
+    # -- the two loops --------------------------------------------------------------------------------------------
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear gradients, and what ``backward`` observed but no step used; inside a trial this does nothing."""
+        if self._in_trial:
+            return
+        self._pending.discard()
+        super().zero_grad(set_to_none)
+
+    def backward(self, loss: Tensor, outputs: Any = None, retain_graph: bool = False) -> None:
+        """Accumulate the gradient into ``.grad``, and whatever else the curvature needs from this loss.
+
+        Where only gradients are needed this is ``loss.backward()``. Several calls before a step add up. Inside a trial
+        evaluation it does nothing.
+
+        Args:
+            loss: a scalar with a graph.
+            outputs: the model's outputs from which the loss was computed; needed by Gauss-Newton and sampled-label
+                curvature (``optimizer.needs.outputs``).
+            retain_graph: keep the graph alive, as in ``loss.backward``.
+        """
+        if self._in_trial:
+            if self._trial_needs_gradient:
+                loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+            return
+        if self._pending.backwards and all(p.grad is None for p in self._params):
+            self._pending.discard()  # the gradients were cleared behind this optimizer's back: so are the observations
+        self._backward_called = True
+        if self.needs.graph and self._due():
+            graph = LossGraph(loss, self._params, outputs)
+            with torch.enable_grad():
+                statistics = self.curvature.measure(self._curvature_state, graph)  # type: ignore[attr-defined]
+            self._pending.add_statistics(statistics)
+            if getattr(self.curvature, "keeps_graph", False):
+                self._pending.graphs.append(graph)
+                retain_graph = True
+            else:
+                graph.release()
+        loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+        self._pending.add_loss(loss)
+
+    def _due(self) -> bool:
+        due = getattr(self.curvature, "due", None)
+        return True if due is None else bool(due(self._curvature_state))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, *, loss: Any = None) -> Any:
+        """Take one step with the gradients in ``.grad``, which are not changed.
+
+        Args:
+            closure: recomputes the loss (``zero_grad``, forward, ``optimizer.backward``) and returns it; required by
+                policies that judge a trial point, which run it a second time.
+            loss: the loss at the present parameters; may be left out after ``optimizer.backward(loss)``.
+
+        Returns:
+            what the closure returned the first time, or ``None``.
+
+        Raises:
+            RuntimeError: where a signal that the composition needs is missing; the message names the remedy.
+        """
+        params = self._params
+        returned = None
+        before: trial.RandomState = []
+        if closure is not None:
+            if self.needs.trial:
+                before = trial.random_state(params)
+            self._backward_called = False
+            with torch.enable_grad():
+                returned = closure()
+            loss = returned if loss is None else loss
+        elif self.needs.trial:
+            raise RuntimeError(
+                f"{type(self.trust_region.radius).__name__} judges a trial point: call optimizer.step(closure), where "
+                "closure() recomputes the loss on the same batch"
+            )
+        value = trial.loss_tensor(loss, params)
+        try:
+            self._step(closure, self._pending.loss if value is None else value, before)
+        finally:
+            self._pending.discard()
+            self._curvature_state.pop(TRANSIENT, None)
+            self._region_state.pop(TRANSIENT, None)
+        return returned
+
+    def _step(self, closure: Callable[[], Any] | None, loss: Tensor | None, before: trial.RandomState) -> None:
+        params = self._params
+        gradient = self._gradient(params)
+        if all(g is None for g in gradient):
+            return
+        self._check_signals(loss)
+        if loss is not None:
+            loss = loss.to(params[0].device)
+        if not bool(vectors.all_finite([g for g in gradient if g is not None])) or (
+            closure is not None and self.needs.trial and not _is_finite(loss)
+        ):
+            self._skip(loss)
+            return
+        composition = core.Composition(self.curvature, self.trust_region, self.momentum)
+        seen = Observation(
+            gradient=gradient,
+            loss=loss,
+            statistics=self._pending.statistics,
+            graphs=self._pending.graphs,
+            parameters=params,
+            step_change=self._step_change(params),
+        )
+        betas, lr = self._per_parameter("momentum"), self._per_parameter("lr")
+        averaged = core.averaged_gradient(
+            self.momentum, gradient, self._momentum_buffers(params, betas), [self.state[p]["step"] for p in params], betas, params
+        )
+        proposal = core.propose(composition, seen, self._curvature_state, self._region_state, averaged, lr)
+        actual: Tensor | None = None
+        if self.needs.trial:
+            verdict, actual = self._try(cast("Callable[[], Any]", closure), proposal, gradient, loss, before)
+        else:
+            verdict = core.review(composition, self._region_state, proposal, loss)
+            self._apply(proposal.step, gradient)
+        self._scatter()
+        self._record(loss, proposal, verdict, actual)
+
+    def _gradient(self, params: Sequence[Tensor]) -> list[Tensor | None]:
+        """``.grad`` in the precision of the state, negated where a group climbs."""
+        gradient: list[Tensor | None] = []
+        for i, (p, climbs) in enumerate(zip(params, self._per_parameter("maximize"), strict=True)):
+            g = state_layout.dense_or_none(p, i)
+            if g is not None:
+                g = g.to(vectors.compute_dtype(p.dtype))
+                g = -g if climbs else g
+            gradient.append(g)
+        return gradient
+
+    def _check_signals(self, loss: Tensor | None) -> None:
+        """Say in the first step what is missing, and how to give it."""
+        name = type(self.curvature).__name__
+        if self.needs.graph and self._due() and not self._pending.measured:
+            argument = "loss, outputs" if self.needs.outputs else "loss"
+            raise RuntimeError(
+                f"{name} needs {signal_names(self.needs.graph)}, which only the loss's graph can give: "
+                f"call optimizer.backward({argument}) in place of loss.backward()"
+            )
+        if Needs.LOSS in self.needs and loss is None and not self._warned_no_loss:
+            self._warned_no_loss = True
+            warnings.warn(
+                f"{type(self.trust_region.radius).__name__} adapts by the loss, and this step was given none, so the radius "
+                "stays as it is: call optimizer.backward(loss), step(loss=loss) or step(closure)",
+                stacklevel=5,
+            )
+
+    def _skip(self, loss: Tensor | None) -> None:
+        """A gradient that is not finite enters nothing; the record counts the step."""
+        skipped = self.state[self._params[0]]["skipped_steps"].add_(1.0)
+        self.step_info = StepInfo(
+            loss=_or_nan(loss, skipped),
+            radius=self._radius(),
+            damping=self._damping(),
+            accepted=torch.zeros((), dtype=torch.bool, device=skipped.device),
+            skipped_steps=skipped.clone(),
+        )
+
+    def _momentum_buffers(self, params: Sequence[Tensor], betas: Sequence[float]) -> list[Tensor]:
+        """The buffers; a schedule that raises the momentum from 0 creates them."""
+        if all(b == 0.0 for b in betas):
+            return []
+        for p in params:
+            if "momentum" not in self.state[p]:
+                self.state[p]["momentum"] = vectors.zeros_like([p])[0]
+        return [self.state[p]["momentum"] for p in params]
+
+    def _step_change(self, params: Sequence[Tensor]) -> list[Tensor] | None:
+        """θ_t - θ_{t-1}, for quasi-Newton pairs."""
+        if not getattr(self.curvature, "tracks_steps", False):
+            return None
+        return [self.state[p]["step_change"] for p in params]
+
+    def _apply(self, step: Sequence[Tensor], gradient: Sequence[Tensor | None]) -> None:
+        params = self._params
+        before = vectors.copy(params) if getattr(self.curvature, "tracks_steps", False) else None
+        core.apply_(params, gradient, step, self._per_parameter("lr"), self._per_parameter("weight_decay"))
+        if before is not None:
+            for p, old in zip(params, before, strict=True):
+                self.state[p]["step_change"].copy_(p - old)
+
+    def _try(
+        self,
+        closure: Callable[[], Any],
+        proposal: Proposal,
+        gradient: Sequence[Tensor | None],
+        loss: Tensor | None,
+        before: trial.RandomState,
+    ) -> tuple[Verdict, Tensor]:
+        """Move, evaluate the trial point, and stay or go back."""
+        if loss is None:
+            raise RuntimeError(
+                f"{type(self.trust_region.radius).__name__} compares losses: the closure must return the loss"
+            )
+        params = self._params
+        if float(proposal.step_norm) == 0.0:  # a stationary point: there is nothing to try
+            still = torch.zeros((), dtype=torch.bool, device=loss.device)
+            return Verdict(still, torch.full_like(loss, float("nan")), self._radius()), torch.zeros_like(loss)
+        saved = vectors.copy(params)
+        self._apply(proposal.step, gradient)
+        wants_gradient = Needs.TRIAL_GRADIENT in self.needs
+        self._in_trial, self._trial_needs_gradient = True, wants_gradient
+        accepted = False
+        try:
+            # A closure that calls loss.backward() itself needs a graph for it; its gradients are put back.
+            with_graph = wants_gradient or not self._backward_called
+            trial_loss, trial_gradient = trial.evaluate(closure, params, before, with_gradient=with_graph)
+            if trial_loss is None:
+                raise RuntimeError("the closure returned a loss the first time and None at the trial point")
+            # Compared in the precision of the policy: half-precision losses would hide small reductions.
+            actual = loss.to(proposal.step_norm.dtype) - trial_loss.to(proposal.step_norm)
+            norm = vectors.norm([g for g in trial_gradient if g is not None]) if wants_gradient else None
+            verdict = self.trust_region.judge(self._region_state, proposal, actual, norm)
+            accepted = bool(verdict.accepted)
+        finally:
+            self._in_trial = False
+            if not accepted:
+                for p, old in zip(params, saved, strict=True):
+                    p.copy_(old)
+                    if "step_change" in self.state[p]:
+                        self.state[p]["step_change"].zero_()
+        return verdict, actual
+
+    # -- telemetry ------------------------------------------------------------------------------------------------
+
+    def _radius(self) -> Tensor:
+        """Δ (or σ) as one number: the mean where every tensor has its own."""
+        radius = self._region_state.get("radius", self._region_state.get("sigma"))
+        if isinstance(radius, list):
+            return vectors.total(cast("list[Tensor]", radius)) / len(radius)
+        first = self._params[0]
+        return cast(Tensor, radius).clone() if radius is not None else vectors.scalar_like([first], float("nan"))
+
+    def _damping(self) -> Tensor:
+        damping = self._region_state.get("damping")
+        return cast(Tensor, damping).clone() if isinstance(damping, Tensor) else vectors.scalar_like(self._params, float("nan"))
+
+    def _record(self, loss: Tensor | None, proposal: Proposal, verdict: Verdict | None, actual: Tensor | None) -> None:
+        nan = torch.full_like(proposal.step_norm, float("nan"))
+        fraction = proposal.diagnostics.get("fisher_active_fraction", nan)
+        self.step_info = StepInfo(
+            loss=_or_nan(loss, nan),
+            ratio=nan if verdict is None else verdict.ratio,
+            radius=self._radius(),
+            damping=self._damping(),
+            predicted_reduction=proposal.predicted_reduction,
+            actual_reduction=_or_nan(actual if verdict is None or actual is not None else verdict.actual_reduction, nan),
+            accepted=torch.ones_like(nan, dtype=torch.bool) if verdict is None else verdict.accepted,
+            step_norm=proposal.step_norm,
+            fisher_active_fraction=cast(Tensor, fraction),
+            skipped_steps=self.state[self._params[0]]["skipped_steps"].clone(),
+        )
+
+
+def check_group(group: dict[str, Any], needs: Needs) -> None:
+    """Refuse a parameter group that cannot be optimised, argument by argument."""
+    lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
+    if not float(lr) >= 0.0:
+        raise ValueError(f"lr must be >= 0, got {lr}")
+    if not 0.0 <= momentum < 1.0:
+        raise ValueError(f"momentum must be in [0, 1), got {momentum}")
+    if not weight_decay >= 0.0:
+        raise ValueError(f"weight_decay must be >= 0, got {weight_decay}")
+    if group["maximize"] and (needs.graph or needs.trial or Needs.LOSS in needs):
+        raise ValueError(
+            "maximize=True works with curvature and policies that need only gradients; negate the loss in place of it"
+        )
+    for p in group["params"]:
+        if p.is_complex():
+            raise ValueError("complex parameters are not supported; view them as real (torch.view_as_real)")
+        if not p.is_floating_point():
+            raise ValueError(f"parameters must be floating point, got {p.dtype}")
+
+
+def signal_names(needs: Needs) -> str:
+    """The names of flags, for messages."""
+    names = {
+        Needs.HVP: "Hessian-vector products",
+        Needs.GGN: "Gauss-Newton products",
+        Needs.PER_SAMPLE_GRAD: "per-sample gradients",
+        Needs.LAYER_IO: "layer inputs and output gradients",
+        Needs.SAMPLED_LABELS: "gradients of sampled labels",
+    }
+    return " and ".join(text for flag, text in names.items() if flag in needs)
+
+
+def _is_finite(loss: Tensor | None) -> bool:
+    return loss is None or bool(torch.isfinite(loss))
+
+
+def _or_nan(value: Tensor | None, like: Tensor) -> Tensor:
+    return torch.full_like(like, float("nan")) if value is None else value
+
