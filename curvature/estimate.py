@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from curvature.problem import Problem
-from curvature.protocols import CurvatureEstimator, CurvatureOperator, Needs, Observation, Statistics
+from curvature.problem import Evaluation, Problem
+from curvature.protocols import CurvatureEstimator, CurvatureOperator, Needs, Observation, State, Statistics
+from curvature.side_effects import preserved
 
 
 def estimate(
@@ -19,11 +20,11 @@ def estimate(
     *,
     weight_fn: Callable[[Any], Any] | None = None,
 ) -> CurvatureOperator:
-    """The curvature of ``loss_fn(model(inputs), target)`` at the present parameters, averaged exactly over ``batches``.
+    """The curvature of ``loss_fn(model(inputs), target)`` at the present parameters, over ``batches``.
 
-    Several batches give what the one concatenated batch would give, normalised by the loss's own total weight.
-    No running mean: each batch counts by its share. ``.grad``, buffers, the training mode and the global random
-    state are left as they are.
+    Several batches give what the one concatenated batch would give, normalised by the loss's own total
+    weight. No running mean: each batch counts by its share. ``.grad``, buffers, the training mode and the
+    global random state are left as they are.
 
     Args:
         estimator: any curvature estimator; see :func:`optimizers.available`.
@@ -48,23 +49,46 @@ def estimate(
 
     Cost: one forward pass and the estimator's ``measure`` a batch.
     """
-    problem = Problem(model, loss_fn, batches, weight_fn)
+    with preserved(model):
+        return run(estimator, Problem(model, loss_fn, batches, weight_fn))
+
+
+def run(estimator: CurvatureEstimator, problem: Problem) -> CurvatureOperator:
+    """The estimator's own way to a one-shot estimate (``estimator.estimate``), or else the common one."""
     own = getattr(estimator, "estimate", None)
     if own is not None:  # matrix-free curvature keeps the problem itself in place of statistics
         operator: CurvatureOperator = own(problem)
         return operator
+    return from_statistics(estimator, problem)
+
+
+def from_statistics(
+    estimator: CurvatureEstimator,
+    problem: Problem,
+    measure: Callable[[State, Evaluation], Statistics] | None = None,
+) -> CurvatureOperator:
+    """Sum the statistics of all batches, take them in one update, and ask for the operator.
+
+    Args:
+        estimator: gives ``init``, ``measure``, ``update`` and ``operator``.
+        problem: the batches and their shares.
+        measure: in place of the estimator's own, for one that uses the model, the inputs or the target.
+    """
     state = estimator.init(problem.params)
+    own = getattr(estimator, "measure", None)
     wants_gradient = Needs.GRAD in estimator.needs
-    measure = getattr(estimator, "measure", None)
     statistics: Statistics = {}
     gradient: list[Tensor] | None = None
     loss: Tensor | None = None
-    for share, graph in problem.graphs():
+    for evaluation in problem.evaluations():
+        share, graph = evaluation.share, evaluation.graph
         if wants_gradient:
-            part = graph.gradient()
-            gradient = [share * g for g in part] if gradient is None else [a.add_(share * g) for a, g in zip(gradient, part)]
-        if measure is not None and estimator.needs.graph:
-            add_statistics(statistics, measure(state, graph), share)
+            part = [share * g for g in graph.gradient()]
+            gradient = part if gradient is None else [a.add_(g) for a, g in zip(gradient, part, strict=True)]
+        if measure is not None:
+            add_statistics(statistics, measure(state, evaluation), share)
+        elif own is not None and estimator.needs.graph:
+            add_statistics(statistics, own(state, graph), share)
         value = share * graph.loss.detach()
         loss = value if loss is None else loss + value
     if gradient is None:
@@ -74,7 +98,7 @@ def estimate(
 
 
 def add_statistics(into: Statistics, part: Statistics, share: float | Tensor = 1.0) -> None:
-    """into += share · part: statistics are additive in the loss."""
+    """Take share · part into a sum: statistics are additive in the loss."""
     for key, value in part.items():
         if isinstance(value, list):
             scaled: Tensor | list[Tensor] = [share * x for x in value]
