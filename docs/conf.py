@@ -9,6 +9,8 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sphinx.ext.napoleon import GoogleDocstring
+
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
@@ -62,8 +64,6 @@ napoleon_custom_sections = [
     "Mathematics",
     "Unit",
 ]
-# These names are imported under `if TYPE_CHECKING`, or stand unqualified in an annotation.
-autodoc_type_aliases = {"Tensor": "torch.Tensor", "Module": "torch.nn.Module"}
 
 # -- links to other projects
 # A build must not depend on a network, and intersphinx only warns about an inventory that it cannot fetch. So
@@ -137,7 +137,13 @@ def copy_mathjax(app: Sphinx, exception: Exception | None) -> None:
     shutil.copyfile(files / "LICENSE", target / "LICENSE")
 
 
+def whole_attribute_docstring(docstring: GoogleDocstring) -> tuple[str, list[str]]:
+    """Take an attribute's docstring as prose: napoleon would read `Products with B: one a step` as `type: text`."""
+    return "", docstring._dedent(docstring._consume_to_end())
+
+
 def setup(app: Sphinx) -> None:
     """Entry point of Sphinx."""
     pack_inventories()
+    GoogleDocstring._consume_inline_attribute = whole_attribute_docstring
     app.connect("build-finished", copy_mathjax)
