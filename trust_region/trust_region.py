@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
-import torch
 from torch import Tensor
 
 from curvature import vectors
@@ -92,7 +91,9 @@ class TrustRegion:
             the step, its predicted reduction (> 0, or 0 where g = 0), its norm, whether the boundary was hit.
         """
         context = context if context is not None else StepContext()
-        radius = cast("Tensor | list[Tensor]", state.get("radius", vectors.scalar_like(gradient, float("inf"))))
+        radius = cast(
+            "Tensor | list[Tensor]", state.get("radius", vectors.scalar_like(gradient, float("inf")))
+        )
         damping = cast("Tensor | float", state.get("damping", 0.0))
         observe = getattr(self.region, "observe", None)
         if observe is not None:
@@ -139,7 +140,10 @@ def scaled_by_lr(step: Sequence[Tensor], lr: Sequence[float | Tensor] | None) ->
     """η_i p_i for every tensor."""
     if lr is None:
         return list(step)
-    return [p * (eta.to(p.device, p.dtype) if isinstance(eta, Tensor) else eta) for p, eta in zip(step, lr, strict=True)]
+    return [
+        p * (eta.to(p.device, p.dtype) if isinstance(eta, Tensor) else eta)
+        for p, eta in zip(step, lr, strict=True)
+    ]
 
 
 def predicted_parts(

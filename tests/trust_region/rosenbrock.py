@@ -1,0 +1,109 @@
+"""The Rosenbrock function and a driver through propose and judge, for every test of a policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from curvature import Operator
+from trust_region import StepContext, TrustRegion
+
+Function = Callable[[Tensor], Tensor]
+
+
+class Dense(Operator):
+    """A given symmetric matrix."""
+
+    def __init__(self, B: Tensor, like: list[Tensor]) -> None:
+        super().__init__(like)
+        self.B = B
+
+    def matvec(self, v: list[Tensor]) -> list[Tensor]:  # type: ignore[override]
+        flat = self.B @ torch.cat([x.reshape(-1) for x in v])
+        pieces = torch.split(flat, [x.numel() for x in self.like])
+        return [p.reshape(x.shape) for p, x in zip(pieces, self.like, strict=True)]
+
+    def to_dense(self) -> Tensor:
+        return self.B
+
+
+def rosenbrock(x: Tensor) -> Tensor:
+    return (100.0 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum()
+
+
+def gradient(f: Function, x: Tensor) -> Tensor:
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad(f(x), x)[0]
+
+
+def hessian(f: Function, x: Tensor) -> Tensor:
+    x = x.detach().requires_grad_()
+    (g,) = torch.autograd.grad(f(x), x, create_graph=True)
+    rows = []
+    for gi in g:
+        (row,) = torch.autograd.grad(gi, x, retain_graph=True, allow_unused=True) if gi.requires_grad else (None,)
+        rows.append(torch.zeros_like(x) if row is None else row.detach())
+    H = torch.stack(rows)
+    return 0.5 * (H + H.T)
+
+
+@dataclass
+class Run:
+    x: Tensor
+    iterates: list[Tensor] = field(default_factory=list)
+    radii: list[float] = field(default_factory=list)
+    accepted: list[bool] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    gradient_norm: float = float("inf")
+    functions: int = 1
+    gradients: int = 1
+    hessians: int = 0
+
+
+def minimise(
+    trust: TrustRegion,
+    f: Function,
+    x0: Tensor,
+    gtol: float = 1e-8,
+    max_steps: int = 500,
+    spoil: Callable[[int, Tensor], Tensor] | None = None,
+) -> Run:
+    """Accept and reject until ‖g‖ < gtol. ``spoil(step, trial_loss)`` may replace a trial's loss."""
+    x, state = x0.clone(), trust.init([x0])
+    run = Run(x)
+    loss, g = f(x).detach(), gradient(f, x)
+    H: Tensor | None = None
+    for k in range(max_steps):
+        run.gradient_norm = float(g.norm())
+        if run.gradient_norm < gtol:
+            break
+        if H is None:
+            H = hessian(f, x)
+            run.hessians += 1
+        with torch.no_grad():
+            proposal = trust.propose(state, [g], Dense(H, [x]), StepContext(loss=loss))
+            trial = x + proposal.step[0]
+            trial_loss = f(trial)
+        run.functions += 1
+        if spoil is not None:
+            trial_loss = spoil(k, trial_loss)
+        trial_g = gradient(f, trial) if trust.needs.trial and "TRIAL_GRADIENT" in str(trust.needs) else None
+        if trial_g is not None:
+            run.gradients += 1
+        verdict = trust.judge(
+            state, proposal, loss - trial_loss, trial_g.norm() if trial_g is not None else None
+        )
+        if bool(verdict.accepted):
+            x, loss, H = trial, trial_loss, None
+            if trial_g is None:
+                run.gradients += 1
+            g = trial_g if trial_g is not None else gradient(f, x)
+        run.iterates.append(x.clone())
+        run.radii.append(float(verdict.radius))
+        run.accepted.append(bool(verdict.accepted))
+        run.losses.append(float(loss))
+    run.x, run.gradient_norm = x, float(g.norm())
+    return run
