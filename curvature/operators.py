@@ -90,6 +90,7 @@ class Operator:
 
 def solve_dense(B: Tensor, v: Tensor) -> Tensor:
     """B⁻¹ v for a square B, or :class:`SingularCurvatureError` where B is singular to working precision."""
+    solution: Tensor
     solution, info = torch.linalg.solve_ex(B, v)
     # LU of an exactly singular matrix may end with a pivot of the size of rounding: compare with the scale of B.
     singular_values = torch.linalg.svdvals(B)
@@ -125,12 +126,17 @@ class DiagonalOperator(Operator):
         """v / (h + λ), elementwise: O(P)."""
         self.check_vector(v)
         check_damping(damping)
-        denominators = [h + (damping.to(h.device, h.dtype) if isinstance(damping, Tensor) else damping) for h in self.values]
+        denominators = [
+            h + (damping.to(h.device, h.dtype) if isinstance(damping, Tensor) else damping)
+            for h in self.values
+        ]
         for d in denominators:
             # On an accelerator the test would wait for the device; there 1/0 = inf shows, and the step's
             # finiteness test refuses it.
             if d.device.type == "cpu" and bool((d == 0).any()):
-                raise SingularCurvatureError("the damped diagonal has zeros; use a damping > 0 (or a larger one)")
+                raise SingularCurvatureError(
+                    "the damped diagonal has zeros; use a damping > 0 (or a larger one)"
+                )
         return [x / d for x, d in zip(v, denominators, strict=True)]
 
     def diagonal(self) -> list[Tensor]:

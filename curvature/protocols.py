@@ -97,6 +97,8 @@ class Observation:
         parameters: the parameters themselves, to read.
         step_change: θ_t - θ_{t-1} of the last accepted step where the estimator set
             ``tracks_steps = True`` (quasi-Newton pairs), else ``None``.
+        gradient_at: shift ↦ the gradient of this step's whole loss at θ + shift, in the closure loop, on the same
+            batch and with the random state and buffers put back (finite differences); else ``None``.
     """
 
     gradient: Sequence[Tensor | None]
@@ -106,6 +108,7 @@ class Observation:
     graphs: Sequence[LossGraph] = ()
     parameters: Sequence[Tensor] = ()
     step_change: Sequence[Tensor] | None = None
+    gradient_at: Callable[[Sequence[Tensor]], list[Tensor]] | None = None
 
 
 @runtime_checkable

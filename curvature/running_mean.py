@@ -31,7 +31,9 @@ def bias_correction(count: Tensor, beta: float) -> Tensor:
     return -torch.expm1(count.clamp(min=1.0) * math.log(beta))
 
 
-def running_mean_(means: Sequence[Tensor], values: Sequence[Tensor], counts: Sequence[Tensor], beta: float) -> None:
+def running_mean_(
+    means: Sequence[Tensor], values: Sequence[Tensor], counts: Sequence[Tensor], beta: float
+) -> None:
     """Take ``values`` into ``means``, in place, and count them.
 
     Args:

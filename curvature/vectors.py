@@ -72,11 +72,12 @@ def norm(v: Vector) -> Tensor:
     >>> norm([torch.tensor([3.0]), torch.tensor([4.0])])
     tensor(5.)
     """
-    parts = [torch.linalg.vector_norm(x) for x in v]
+    parts: list[Tensor] = [torch.linalg.vector_norm(x) for x in v]
     if len(parts) == 1:
         return parts[0]
     first = parts[0]
-    return torch.linalg.vector_norm(torch.stack([x.to(first.device, first.dtype) for x in parts]))
+    joined: Tensor = torch.linalg.vector_norm(torch.stack([x.to(first.device, first.dtype) for x in parts]))
+    return joined
 
 
 def on(device: torch.device, *scalars: Tensor) -> list[Tensor]:

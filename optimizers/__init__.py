@@ -5,6 +5,7 @@ from optimizers.presets import SOAA, AdamW
 from optimizers.registry import available
 from optimizers.second_order import SecondOrder
 from optimizers.step_info import StepInfo
+
 from optimizers.build import build  # isort: skip  (last: it looks names up in the filled registries)
 
 __all__ = [

@@ -49,7 +49,7 @@ def build(
     5
     >>> build(model, "saoa")
     Traceback (most recent call last):
-    curvature.registry.UnknownNameError: unknown optimizer 'saoa': did you mean 'soaa'? valid: ...
+    curvature.registry.UnknownNameError: unknown optimizer 'saoa': did you mean 'soaa'? ...
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -59,9 +59,14 @@ def build(
     chosen = [p for p in model.parameters() if p.requires_grad] if params is None else params
     if not composed:
         preset = optimizers["soaa" if optimizer is None else optimizer]
-        for extra, name in ((curvature_options, "curvature_options"), (trust_region_options, "trust_region_options")):
+        for extra, name in (
+            (curvature_options, "curvature_options"),
+            (trust_region_options, "trust_region_options"),
+        ):
             if extra:
-                raise TypeError(f"{name} goes with curvature= and trust_region=; a preset takes its options directly")
+                raise TypeError(
+                    f"{name} goes with curvature= and trust_region=; a preset takes its options directly"
+                )
         check_options(options, {f"optimizer {optimizer!r}": parameters_of(preset)})
         if takes_model(preset):
             return preset(model, **options) if params is None else preset(model, params=chosen, **options)
@@ -79,9 +84,7 @@ def build(
     for_region.update(trust_region_options or {})
     if takes_model(estimator):
         for_curvature.setdefault("model", model)
-    return SecondOrder(
-        chosen, curvature=estimator(**for_curvature), trust_region=region(**for_region), **own
-    )
+    return SecondOrder(chosen, curvature=estimator(**for_curvature), trust_region=region(**for_region), **own)
 
 
 def parameters_of(factory: Callable[..., Any]) -> list[str]:
@@ -90,7 +93,11 @@ def parameters_of(factory: Callable[..., Any]) -> list[str]:
     for name, parameter in inspect.signature(factory).parameters.items():
         if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY) and name != "params":
             names.append(name)
-        elif parameter.kind is parameter.VAR_KEYWORD and isinstance(factory, type) and issubclass(factory, SecondOrder):
+        elif (
+            parameter.kind is parameter.VAR_KEYWORD
+            and isinstance(factory, type)
+            and issubclass(factory, SecondOrder)
+        ):
             names += ["weight_decay", "maximize", "compile"]
     return names
 
@@ -110,7 +117,8 @@ def check_options(options: Mapping[str, Any], parts: Mapping[str, list[str]]) ->
             raise TypeError(f"no part takes an option {name!r}: {nearest(name, valid)}")
         if len(takers) > 1:
             raise TypeError(
-                f"option {name!r} is taken by {' and by '.join(takers)}: give it in curvature_options= or trust_region_options="
+                f"option {name!r} is taken by {' and by '.join(takers)}: "
+                "give it in curvature_options= or trust_region_options="
             )
         routed[takers[0]][name] = value
     return routed

@@ -55,7 +55,9 @@ def averaged_gradient(
         )
         averaged = dict(zip(live, means, strict=True))
     return [
-        averaged[i] if i in averaged else torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))  # type: ignore[misc]
+        averaged[i]
+        if i in averaged
+        else torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))  # type: ignore[misc]
         for i, p in enumerate(params)
     ]
 
@@ -75,7 +77,9 @@ def propose(
     return composition.trust_region.propose(region_state, averaged, operator, context)
 
 
-def review(composition: Composition, region_state: State, proposal: Proposal, loss: Tensor | None) -> Verdict | None:
+def review(
+    composition: Composition, region_state: State, proposal: Proposal, loss: Tensor | None
+) -> Verdict | None:
     """A lagged policy's word on the previous step, now that this step's loss is known."""
     if not composition.trust_region.lagged:
         return None

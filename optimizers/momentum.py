@@ -25,7 +25,11 @@ class Momentum(Protocol):
         ...
 
     def average_(
-        self, buffer: Sequence[Tensor], gradient: Sequence[Tensor], count: Sequence[Tensor], beta: Sequence[float]
+        self,
+        buffer: Sequence[Tensor],
+        gradient: Sequence[Tensor],
+        count: Sequence[Tensor],
+        beta: Sequence[float],
     ) -> list[Tensor]:
         """Take ``gradient`` into ``buffer``, in place, and return the averaged gradient.
 
@@ -55,7 +59,11 @@ class RunningMean:
         check_beta(self.beta, "momentum")
 
     def average_(
-        self, buffer: Sequence[Tensor], gradient: Sequence[Tensor], count: Sequence[Tensor], beta: Sequence[float]
+        self,
+        buffer: Sequence[Tensor],
+        gradient: Sequence[Tensor],
+        count: Sequence[Tensor],
+        beta: Sequence[float],
     ) -> list[Tensor]:
         """m̂."""
         _lerp_by_group(buffer, gradient, beta)
@@ -81,7 +89,11 @@ class HeavyBall:
         check_beta(self.beta, "momentum")
 
     def average_(
-        self, buffer: Sequence[Tensor], gradient: Sequence[Tensor], count: Sequence[Tensor], beta: Sequence[float]
+        self,
+        buffer: Sequence[Tensor],
+        gradient: Sequence[Tensor],
+        count: Sequence[Tensor],
+        beta: Sequence[float],
     ) -> list[Tensor]:
         """m, or g + βm."""
         for m, g, b in zip(buffer, gradient, beta, strict=True):
@@ -107,7 +119,11 @@ class PlainMean:
         check_beta(self.beta, "momentum")
 
     def average_(
-        self, buffer: Sequence[Tensor], gradient: Sequence[Tensor], count: Sequence[Tensor], beta: Sequence[float]
+        self,
+        buffer: Sequence[Tensor],
+        gradient: Sequence[Tensor],
+        count: Sequence[Tensor],
+        beta: Sequence[float],
     ) -> list[Tensor]:
         """m, or (1-β)g + βm."""
         _lerp_by_group(buffer, gradient, beta)

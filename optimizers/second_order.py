@@ -74,7 +74,12 @@ class SecondOrder(torch.optim.Optimizer):
         self._set_transients()
         self._curvature_state: State = {}
         self._region_state: State = {}
-        defaults = {"lr": lr, "momentum": self.momentum.beta, "weight_decay": weight_decay, "maximize": maximize}
+        defaults = {
+            "lr": lr,
+            "momentum": self.momentum.beta,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+        }
         super().__init__(params, defaults)
 
     def _set_transients(self) -> None:
@@ -130,7 +135,7 @@ class SecondOrder(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """The three choices travel with the state, so that deepcopy and pickle keep them."""
-        held: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        held: dict[str, Any] = super().__getstate__()
         for name in ("curvature", "trust_region", "momentum", "compile", "needs"):
             held[name] = getattr(self, name)
         held["_curvature_state"] = {k: v for k, v in self._curvature_state.items() if k != TRANSIENT}
@@ -140,6 +145,8 @@ class SecondOrder(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore; what was pending belongs to the graph of another object and is not."""
         super().__setstate__(state)
+        if "curvature" not in state:  # PyTorch's load_state_dict comes by here with groups and state alone
+            return
         self._set_transients()
         attach = getattr(self.curvature, "attach", None)
         if attach is not None:
@@ -156,11 +163,9 @@ class SecondOrder(torch.optim.Optimizer):
             ValueError: where groups, entries or shapes do not fit.
         """
         groups, saved = state_dict["param_groups"], state_dict["state"]
-        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
-            raise ValueError(
-                "loaded state dict has groups of "
-                f"{[len(g['params']) for g in groups]} parameters, this optimizer of {[len(g['params']) for g in self.param_groups]}"
-            )
+        theirs, ours = [len(g["params"]) for g in groups], [len(g["params"]) for g in self.param_groups]
+        if theirs != ours:
+            raise ValueError(f"loaded state dict has groups of {theirs} parameters, this optimizer of {ours}")
         ids = [i for group in groups for i in group["params"]]
         params = self._params
         fresh: dict[Tensor, dict[str, Any]] = {}
@@ -204,7 +209,7 @@ class SecondOrder(torch.optim.Optimizer):
         """
         if self._in_trial:
             if self._trial_needs_gradient:
-                loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+                loss.backward(retain_graph=retain_graph)
             return
         if self._pending.backwards and all(p.grad is None for p in self._params):
             self._pending.discard()  # the gradients were cleared behind this optimizer's back: so are the observations
@@ -219,7 +224,7 @@ class SecondOrder(torch.optim.Optimizer):
                 retain_graph = True
             else:
                 graph.release()
-        loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+        loss.backward(retain_graph=retain_graph)
         self._pending.add_loss(loss)
 
     def _due(self) -> bool:
@@ -265,7 +270,9 @@ class SecondOrder(torch.optim.Optimizer):
             self._region_state.pop(TRANSIENT, None)
         return returned
 
-    def _step(self, closure: Callable[[], Any] | None, loss: Tensor | None, before: trial.RandomState) -> None:
+    def _step(
+        self, closure: Callable[[], Any] | None, loss: Tensor | None, before: trial.RandomState
+    ) -> None:
         params = self._params
         gradient = self._gradient(params)
         if all(g is None for g in gradient):
@@ -289,10 +296,16 @@ class SecondOrder(torch.optim.Optimizer):
         )
         betas, lr = self._per_parameter("momentum"), self._per_parameter("lr")
         averaged = core.averaged_gradient(
-            self.momentum, gradient, self._momentum_buffers(params, betas), [self.state[p]["step"] for p in params], betas, params
+            self.momentum,
+            gradient,
+            self._momentum_buffers(params, betas),
+            [self.state[p]["step"] for p in params],
+            betas,
+            params,
         )
         proposal = core.propose(composition, seen, self._curvature_state, self._region_state, averaged, lr)
         actual: Tensor | None = None
+        verdict: Verdict | None
         if self.needs.trial:
             verdict, actual = self._try(cast("Callable[[], Any]", closure), proposal, gradient, loss, before)
         else:
@@ -324,8 +337,8 @@ class SecondOrder(torch.optim.Optimizer):
         if Needs.LOSS in self.needs and loss is None and not self._warned_no_loss:
             self._warned_no_loss = True
             warnings.warn(
-                f"{type(self.trust_region.radius).__name__} adapts by the loss, and this step was given none, so the radius "
-                "stays as it is: call optimizer.backward(loss), step(loss=loss) or step(closure)",
+                f"{type(self.trust_region.radius).__name__} adapts by the loss, and this step was given none, so the "
+                "radius stays as it is: call optimizer.backward(loss), step(loss=loss) or step(closure)",
                 stacklevel=5,
             )
 
@@ -413,13 +426,21 @@ class SecondOrder(torch.optim.Optimizer):
         if isinstance(radius, list):
             return vectors.total(cast("list[Tensor]", radius)) / len(radius)
         first = self._params[0]
-        return cast(Tensor, radius).clone() if radius is not None else vectors.scalar_like([first], float("nan"))
+        return (
+            cast(Tensor, radius).clone() if radius is not None else vectors.scalar_like([first], float("nan"))
+        )
 
     def _damping(self) -> Tensor:
         damping = self._region_state.get("damping")
-        return cast(Tensor, damping).clone() if isinstance(damping, Tensor) else vectors.scalar_like(self._params, float("nan"))
+        return (
+            damping.clone()
+            if isinstance(damping, Tensor)
+            else vectors.scalar_like(self._params, float("nan"))
+        )
 
-    def _record(self, loss: Tensor | None, proposal: Proposal, verdict: Verdict | None, actual: Tensor | None) -> None:
+    def _record(
+        self, loss: Tensor | None, proposal: Proposal, verdict: Verdict | None, actual: Tensor | None
+    ) -> None:
         nan = torch.full_like(proposal.step_norm, float("nan"))
         fraction = proposal.diagnostics.get("fisher_active_fraction", nan)
         self.step_info = StepInfo(
@@ -428,7 +449,9 @@ class SecondOrder(torch.optim.Optimizer):
             radius=self._radius(),
             damping=self._damping(),
             predicted_reduction=proposal.predicted_reduction,
-            actual_reduction=_or_nan(actual if verdict is None or actual is not None else verdict.actual_reduction, nan),
+            actual_reduction=_or_nan(
+                actual if verdict is None or actual is not None else verdict.actual_reduction, nan
+            ),
             accepted=torch.ones_like(nan, dtype=torch.bool) if verdict is None else verdict.accepted,
             step_norm=proposal.step_norm,
             fisher_active_fraction=cast(Tensor, fraction),
@@ -474,4 +497,3 @@ def _is_finite(loss: Tensor | None) -> bool:
 
 def _or_nan(value: Tensor | None, like: Tensor) -> Tensor:
     return torch.full_like(like, float("nan")) if value is None else value
-

@@ -119,5 +119,7 @@ def loss_tensor(value: Any, params: Sequence[Tensor]) -> Tensor | None:
             raise ValueError(f"loss must be a scalar, got a tensor of shape {tuple(value.shape)}")
         return value.detach().reshape(())
     if isinstance(value, (int, float)):
-        return torch.tensor(float(value), dtype=torch.promote_types(params[0].dtype, torch.float32), device=params[0].device)
+        return torch.tensor(
+            float(value), dtype=torch.promote_types(params[0].dtype, torch.float32), device=params[0].device
+        )
     raise TypeError(f"loss must be a scalar tensor or a number, got {type(value).__name__}")

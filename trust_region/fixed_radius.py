@@ -40,14 +40,22 @@ class FixedRadius(Policy):
 
     def init(self, params: Sequence[Tensor]) -> State:
         """Radius and damping as tensors, so that they are saved with the rest."""
-        return {"radius": vectors.scalar_like(params, self.radius), "damping": vectors.scalar_like(params, self.damping)}
+        return {
+            "radius": vectors.scalar_like(params, self.radius),
+            "damping": vectors.scalar_like(params, self.damping),
+        }
 
     def judge(
-        self, state: State, proposal: Proposal, actual_reduction: Tensor, trial_gradient_norm: Tensor | None = None
+        self,
+        state: State,
+        proposal: Proposal,
+        actual_reduction: Tensor,
+        trial_gradient_norm: Tensor | None = None,
     ) -> Verdict:
         """Accepted, whatever came of it; only a loss that is not finite is refused."""
         return Verdict(
             accepted=torch.isfinite(actual_reduction),
-            ratio=actual_reduction / proposal.predicted_reduction.clamp(min=torch.finfo(actual_reduction.dtype).tiny),
+            ratio=actual_reduction
+            / proposal.predicted_reduction.clamp(min=torch.finfo(actual_reduction.dtype).tiny),
             radius=cast(Tensor, state["radius"]),
         )

@@ -170,7 +170,10 @@ class RadiusPolicy(Protocol):
     step t - 1 was.
     """
 
-    lagged: bool
+    @property
+    def lagged(self) -> bool:
+        """Whether the policy reviews the previous step in place of judging a trial."""
+        ...
 
     @property
     def needs(self) -> Needs:

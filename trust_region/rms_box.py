@@ -44,7 +44,7 @@ class RmsBox(Shape):
     >>> adam.update(moments, Observation(gradient=g))
     >>> box = RmsBox(interior=False)
     >>> box.minimise({}, g, adam.operator(moments), torch.tensor(1.0), 0.0, StepContext()).step
-    [tensor([-1.0000,  1.0000])]
+    [tensor([-1.,  1.])]
 
     Cost: O(P). Beside a curvature that is not diagonal the step is (B+λI)⁻¹g clipped to the box.
     References: SOAA 2024, arXiv 2410.02293; Yang, Cho & Lee 2023 (Tadam).
@@ -76,7 +76,10 @@ class RmsBox(Shape):
         """Take this step's gradient into the region's own second moment."""
         if "box_second_moment" not in state or context.raw_gradient is None:
             return
-        moments, counts = cast("list[Tensor]", state["box_second_moment"]), cast("list[Tensor]", state["box_count"])
+        moments, counts = (
+            cast("list[Tensor]", state["box_second_moment"]),
+            cast("list[Tensor]", state["box_count"]),
+        )
         for v, t, g in zip(moments, counts, context.raw_gradient, strict=True):
             if g is not None:
                 v.mul_(self.beta).addcmul_(g.to(v.dtype), g.to(v.dtype), value=1.0 - self.beta)
@@ -126,7 +129,10 @@ class RmsBox(Shape):
         squares = vectors.dots(gradient, gradient)
         masses = [v.sum() + self.eps * v.numel() for v in moment]
         if self.scope == "tensor":
-            return [1.0 + a / b if v.numel() else torch.ones_like(a) for a, b, v in zip(squares, masses, moment, strict=True)]
+            return [
+                1.0 + a / b if v.numel() else torch.ones_like(a)
+                for a, b, v in zip(squares, masses, moment, strict=True)
+            ]
         return [1.0 + vectors.total(squares) / vectors.total(masses)] * len(moment)
 
     def project(
@@ -148,13 +154,17 @@ class RmsBox(Shape):
         return clipped
 
 
-def adam_step(gradient: Sequence[Tensor], moment: Sequence[Tensor], radius: Sequence[Tensor], eps: float) -> Solution:
+def adam_step(
+    gradient: Sequence[Tensor], moment: Sequence[Tensor], radius: Sequence[Tensor], eps: float
+) -> Solution:
     """-d g / (√v̂ + ε): to the edge of the box in every element."""
     step = []
     for g, v, d in zip(gradient, moment, radius, strict=True):
         denominator = v.sqrt().add_(eps)
         step.append(torch.div(g, denominator, out=denominator).mul_(-d.to(g.device)))
-    return _solution(step, [torch.zeros((), dtype=torch.int64, device=step[0].device)], vectors.numel(step), {})
+    return _solution(
+        step, [torch.zeros((), dtype=torch.int64, device=step[0].device)], vectors.numel(step), {}
+    )
 
 
 def count_equal(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
@@ -166,7 +176,9 @@ def _is_nonzero(damping: Tensor | float) -> bool:
     return isinstance(damping, Tensor) or damping != 0.0
 
 
-def _solution(step: list[Tensor], inside: list[Tensor], size: int, diagnostics: dict[str, object]) -> Solution:
+def _solution(
+    step: list[Tensor], inside: list[Tensor], size: int, diagnostics: dict[str, object]
+) -> Solution:
     """Telemetry: the fraction of elements strictly inside the box is the fraction where the curvature is live."""
     count = vectors.total(inside)
     diagnostics["fisher_active_fraction"] = count.to(vectors.compute_dtype(step[0].dtype)) / max(size, 1)

@@ -84,17 +84,29 @@ class SOAARadius(Policy):
         }
 
     def predict(
-        self, gradient: Sequence[Tensor], curvature: CurvatureOperator, solution: Solution, context: StepContext
+        self,
+        gradient: Sequence[Tensor],
+        curvature: CurvatureOperator,
+        solution: Solution,
+        context: StepContext,
     ) -> list[Tensor]:
         """P for every tensor."""
-        product = solution.curvature_step if solution.curvature_step is not None else curvature.matvec(solution.step)
+        product = (
+            solution.curvature_step
+            if solution.curvature_step is not None
+            else curvature.matvec(solution.step)
+        )
         linear = [-x for x in vectors.dots(gradient, solution.step)]
         quadratic = vectors.dots(product, solution.step)
         lr = context.lr if context.lr is not None else [1.0] * len(linear)
         if self.prediction == "paper":
             return [eta * (a - 0.5 * b) for eta, a, b in zip(lr, linear, quadratic, strict=True)]
-        scale = cast("Sequence[Tensor | float]", solution.diagnostics.get("curvature_scale", [1.0] * len(linear)))
-        return [eta * (a - 0.5 * eta * k * b) for eta, a, b, k in zip(lr, linear, quadratic, scale, strict=True)]
+        scale = cast(
+            "Sequence[Tensor | float]", solution.diagnostics.get("curvature_scale", [1.0] * len(linear))
+        )
+        return [
+            eta * (a - 0.5 * eta * k * b) for eta, a, b, k in zip(lr, linear, quadratic, scale, strict=True)
+        ]
 
     def review(self, state: State, proposal: Proposal, loss: Tensor | None) -> Verdict:
         """ρ and d_t from ℓ_t and P_{t-1}; then remember P_t."""
@@ -120,13 +132,19 @@ class SOAARadius(Policy):
             ratios.append(ratio)
             d.copy_(radius)
             P.copy_(torch.where(here[2], predicted, P))
-        return Verdict(accepted, ratios[0], radii[0].clone(), torch.where(finite, smoothed - loss, float("nan")))
+        return Verdict(
+            accepted, ratios[0], radii[0].clone(), torch.where(finite, smoothed - loss, float("nan"))
+        )
 
     def adapted(
         self, radius: Tensor, predicted: Tensor, actual_reduction: Tensor, steps: Tensor, finite: Tensor
     ) -> tuple[Tensor, Tensor]:
         """ρ and d_t; d stays as it is where there is no finite loss or nothing was predicted."""
-        exponent = (steps - 1.0).div(self.total_steps).clamp(0.0, 1.0) if self.total_steps else torch.ones_like(steps)
+        exponent = (
+            (steps - 1.0).div(self.total_steps).clamp(0.0, 1.0)
+            if self.total_steps
+            else torch.ones_like(steps)
+        )
         low, high = (1.0 - self.gamma) ** exponent, 1.0 + self.gamma**exponent
         live = finite & (predicted != 0.0)
         ratio = actual_reduction / predicted.clamp(min=self.eps)
@@ -134,14 +152,20 @@ class SOAARadius(Policy):
         return torch.where(live, ratio, float("nan")), torch.where(live, moved, radius)
 
     def judge(
-        self, state: State, proposal: Proposal, actual_reduction: Tensor, trial_gradient_norm: Tensor | None = None
+        self,
+        state: State,
+        proposal: Proposal,
+        actual_reduction: Tensor,
+        trial_gradient_norm: Tensor | None = None,
     ) -> Verdict:
         """The same rule for a reduction that the caller measured; nothing finite is rejected."""
         steps = cast(Tensor, state["policy_steps"]).add_(1.0)
         finite = torch.isfinite(actual_reduction)
         per_tensor = self.scope == "tensor"
         radii = cast("list[Tensor]", state["radius"] if per_tensor else [state["radius"]])
-        parts = cast("list[Tensor]", proposal.predicted_parts if per_tensor else [proposal.predicted_reduction])
+        parts = cast(
+            "list[Tensor]", proposal.predicted_parts if per_tensor else [proposal.predicted_reduction]
+        )
         ratios = []
         for d, predicted in zip(radii, parts, strict=True):
             ratio, radius = self.adapted(d, predicted, *vectors.on(d.device, actual_reduction, steps, finite))

@@ -3,4 +3,4 @@
 from optimizers.presets.adamw import AdamW
 from optimizers.presets.soaa import SOAA
 
-__all__ = ["AdamW", "SOAA"]
+__all__ = ["SOAA", "AdamW"]
