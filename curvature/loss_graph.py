@@ -9,7 +9,8 @@ Everything goes through ``torch.autograd.grad``: ``.grad`` is never written, and
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ class LossGraph:
         loss: a real scalar that requires grad.
         params: the parameters to differentiate by, each requiring grad.
         outputs: what the model returned on the way to ``loss``; needed for :meth:`ggn` and sampled labels. A
-            tensor, or a dict, tuple or dataclass in which :func:`output_tensor` finds one.
+            tensor, or a dict, tuple or dataclass in which ``output_tensor`` finds one.
     """
 
     def __init__(self, loss: Tensor, params: Sequence[Tensor], outputs: Any = None) -> None:
@@ -37,6 +38,7 @@ class LossGraph:
         self._output: Tensor | None = None
         self._differentiable_gradient: list[Tensor] | None = None
         self._output_gradient: Tensor | None = None
+        self._pulled: tuple[Tensor, list[Tensor]] | None = None
 
     @property
     def output(self) -> Tensor:
@@ -60,11 +62,13 @@ class LossGraph:
             RuntimeError: where the model has no double backward; the message names the remedy.
         """
         if self._differentiable_gradient is None:
-            self._differentiable_gradient = self._grad(self.loss, create_graph=True)
+            with explain_missing_derivative():
+                self._differentiable_gradient = self._grad(self.loss, create_graph=True)
+                refuse_cut_graph(self._differentiable_gradient)
         pairs = [(g, x) for g, x in zip(self._differentiable_gradient, v, strict=True) if g.requires_grad]
         if not pairs:  # a loss that is linear in θ
             return [torch.zeros_like(p) for p in self.params]
-        with explain_missing_double_backward():
+        with explain_missing_derivative():
             products = torch.autograd.grad(
                 [g for g, _ in pairs],
                 self.params,
@@ -81,6 +85,7 @@ class LossGraph:
             (gradient,) = torch.autograd.grad(self.loss, self.output, create_graph=True, allow_unused=True)
             if gradient is None:
                 raise ValueError("the loss does not depend on outputs: pass what the loss was computed from")
+            refuse_cut_graph([gradient])
             self._output_gradient = gradient
         return self._output_gradient
 
@@ -89,20 +94,39 @@ class LossGraph:
         gradient = self.output_gradient()
         if not gradient.requires_grad:
             return torch.zeros_like(self.output)
-        with explain_missing_double_backward():
+        with explain_missing_derivative():
             (product,) = torch.autograd.grad(
-                gradient, self.output, v.to(gradient.dtype), retain_graph=True, allow_unused=True, materialize_grads=True
+                gradient,
+                self.output,
+                v.to(gradient.dtype),
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
             )
         return product.detach()
 
     def jvp(self, v: Sequence[Tensor]) -> Tensor:
-        """J v, by the double-backward trick: the derivative of u ↦ Jᵀu is linear, so any u serves."""
-        u = torch.zeros_like(self.output, requires_grad=True)
-        pulled = self._grad(self.output, u, create_graph=True)
+        """J v, by the double-backward trick: u ↦ Jᵀu is linear, so its derivative is the same at any u.
+
+        The graph of Jᵀu is kept from product to product.
+        """
+        if self._pulled is None:
+            u = torch.zeros_like(self.output, requires_grad=True)
+            with explain_missing_derivative('jvp="finite-difference"'):
+                self._pulled = (u, self._grad(self.output, u, create_graph=True))
+                refuse_cut_graph(self._pulled[1])
+        u, pulled = self._pulled
         pairs = [(g, x) for g, x in zip(pulled, v, strict=True) if g.requires_grad]
-        with explain_missing_double_backward():
+        if not pairs:  # the outputs do not depend on θ
+            return torch.zeros_like(self.output)
+        with explain_missing_derivative('jvp="finite-difference"'):
             (product,) = torch.autograd.grad(
-                [g for g, _ in pairs], u, [x.to(g.dtype) for g, x in pairs], allow_unused=True, materialize_grads=True
+                [g for g, _ in pairs],
+                u,
+                [x.to(g.dtype) for g, x in pairs],
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
             )
         return product.detach()
 
@@ -118,6 +142,7 @@ class LossGraph:
         """Drop what holds the graph alive."""
         self._differentiable_gradient = None
         self._output_gradient = None
+        self._pulled = None
 
     def _grad(
         self, of: Tensor, seed: Tensor | None = None, *, retain_graph: bool = False, create_graph: bool = False
@@ -135,20 +160,38 @@ class LossGraph:
         )
 
 
-class explain_missing_double_backward:
-    """Turn autograd's message about a missing second derivative into one that names the remedy."""
+def refuse_cut_graph(gradients: Sequence[Tensor]) -> None:
+    """Raise where a backward that can be differentiated only once has cut the gradients off from the parameters.
 
-    def __enter__(self) -> None:
-        return None
+    Such a node (``once_differentiable``) raises only when it is reached, but it has no edge to the parameters, so
+    that a product would skip it and silently lack its part.
+    """
+    pending = [g.grad_fn for g in gradients if g.grad_fn is not None]
+    visited = set(pending)
+    while pending:
+        node = pending.pop()
+        if node.name().rpartition("::")[2] in ("Error", "DelayedError"):
+            raise RuntimeError("no double backward: a node of the graph is marked once_differentiable")
+        for following, _ in node.next_functions:
+            if following is not None and following not in visited:
+                visited.add(following)
+                pending.append(following)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (RuntimeError, NotImplementedError)):
-            text = str(error)
-            if "derivative for" in text or "double backward" in text or "does not support" in text:
-                raise RuntimeError(
-                    "this model has no double backward (a compiled graph, flash attention or sharding): use "
-                    'hvp="finite-difference", or the math attention kernel; autograd said: ' + text.split("\n")[0]
-                ) from error
+
+@contextmanager
+def explain_missing_derivative(remedy: str = 'hvp="finite-difference"') -> Iterator[None]:
+    """Turn autograd's message about a missing second or forward derivative into one that names the remedy."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        text = str(error)
+        signs = ("derivative for", "double backward", "does not support", "forward AD", "forward mode AD")
+        if any(sign in text for sign in signs):
+            raise RuntimeError(
+                "this model has no derivative of its derivative here (a compiled graph, flash attention or sharding): "
+                f"use {remedy}, or the math attention kernel; autograd said: " + text.split("\n")[0]
+            ) from error
+        raise
 
 
 def output_tensor(outputs: Any) -> Tensor:

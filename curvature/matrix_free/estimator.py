@@ -1,0 +1,83 @@
+"""What the matrix-free estimators share: the flow from living graphs, or from a problem, to an operator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from torch import Tensor
+
+from curvature.loss_graph import LossGraph
+from curvature.matrix_free.operator import MatrixFreeOperator, summed
+from curvature.matrix_free.snapshot import Snapshot, accumulate
+from curvature.problem import Problem
+from curvature.protocols import TRANSIENT, Estimator, HessianProduct, Observation, State
+
+
+class MatrixFreeEstimator(Estimator):
+    """An estimator whose operator multiplies on the graphs of the present step, or on a snapshot of a problem.
+
+    A subclass says how one loss's graph multiplies (:meth:`graph_product`) and how a batch of a snapshot does
+    (:meth:`snapshot_product`).
+    """
+
+    keeps_graph = True
+
+    def init(self, params: Sequence[Tensor]) -> State:
+        """Nothing is remembered from step to step; expanded scalars stand for the shapes."""
+        return {"shape": [p.detach().new_empty(()).expand(p.shape) for p in params]}
+
+    def update(self, state: State, seen: Observation) -> None:
+        """Keep this step's graphs until its end."""
+        state[TRANSIENT] = self.loop_product(seen)
+
+    def operator(self, state: State) -> MatrixFreeOperator:
+        """Σ over this step's losses.
+
+        Raises:
+            RuntimeError: outside a step, where there is no loss to multiply with.
+        """
+        product = state.get(TRANSIENT)
+        if product is None:
+            name = type(self).__name__
+            raise RuntimeError(
+                f"{name} has products only while a step is computed: call optimizer.backward(loss) in that step, or "
+                f"use curvature.estimate({name}(), model, loss_fn, batches)"
+            )
+        return MatrixFreeOperator(cast(HessianProduct, product), cast("list[Tensor]", state["shape"]))
+
+    def estimate(self, problem: Problem) -> MatrixFreeOperator:
+        """The operator of all batches of ``problem`` at its present θ, which it keeps."""
+        snapshot = self.snapshot(problem)
+
+        def product(v: Sequence[Tensor]) -> list[Tensor]:
+            total: list[Tensor] | None = None
+            for index, (share, batch) in enumerate(snapshot.weighted()):
+                total = accumulate(total, self.snapshot_product(snapshot, index, batch, v), share)
+            assert total is not None  # a problem has at least one batch
+            return total
+
+        return MatrixFreeOperator(product, snapshot.params)
+
+    def snapshot(self, problem: Problem) -> Snapshot:
+        """The problem as the products see it."""
+        return Snapshot(problem)
+
+    def loop_product(self, seen: Observation) -> HessianProduct:
+        """The product of one step of an optimizer."""
+        if not seen.graphs:
+            raise RuntimeError(
+                f"{type(self).__name__} needs the graph of the loss: call optimizer.backward(loss, outputs) in place "
+                "of loss.backward()"
+            )
+        return summed([self.graph_product(graph, index) for index, graph in enumerate(seen.graphs)])
+
+    def graph_product(self, graph: LossGraph, index: int) -> HessianProduct:
+        """v ↦ B v of one loss."""
+        raise NotImplementedError
+
+    def snapshot_product(
+        self, snapshot: Snapshot, index: int, batch: tuple[Any, Any], v: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """B v of one batch's loss."""
+        return snapshot.on_graph(batch, lambda graph: self.graph_product(graph, index)(v))

@@ -1,0 +1,169 @@
+"""The generalised Gauss-Newton matrix by its products, with the loss's own curvature in output space.
+
+Legend: z the outputs, J = ∂z/∂θ, H_z = ∂²f/∂z² of the whole batch loss, G = Jᵀ H_z J.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from curvature import vectors
+from curvature.loss_graph import LossGraph, explain_missing_derivative, output_tensor
+from curvature.matrix_free.estimator import MatrixFreeEstimator
+from curvature.matrix_free.hessian import Mode, check_mode, refuse_padding
+from curvature.matrix_free.snapshot import Snapshot
+from curvature.problem import Problem
+from curvature.protocols import HessianProduct, Needs, Observation
+from curvature.registry import estimators
+
+
+@dataclass(frozen=True)
+class OutputSpaceEstimator(MatrixFreeEstimator):
+    """Jᵀ C J v in three steps: J v, C in output space, Jᵀ; a subclass says what C is.
+
+    Args:
+        jvp: how J v is computed. ``"reverse"``: the derivative of u ↦ Jᵀu, kept from product to product.
+            ``"forward"``: dual numbers through the model; only in :func:`curvature.estimate`. ``"finite-difference"``:
+            central differences of outputs, for a model without a double backward; relative error about u^(2/3),
+            also only in :func:`curvature.estimate`. The step Jᵀ and the loss itself are exact in each.
+    """
+
+    jvp: Mode = "reverse"
+
+    def __post_init__(self) -> None:
+        check_mode(self.jvp, "jvp")
+
+    @property
+    def needs(self) -> Needs:
+        """The graph of the loss and of the outputs."""
+        return Needs.GRAD | Needs.GGN
+
+    def loop_product(self, seen: Observation) -> HessianProduct:
+        """Σ of the products of this step's losses."""
+        if self.jvp != "reverse":
+            raise ValueError(
+                f'jvp="{self.jvp}" runs the model again, which only curvature.estimate can: use jvp="reverse" in an '
+                "optimizer"
+            )
+        return super().loop_product(seen)
+
+    def middle(self, graph: LossGraph, index: int, u: Tensor) -> Tensor:
+        """C u, for u shaped like the outputs.
+
+        Args:
+            graph: of one loss.
+            index: of the loss among those of the step, or of the batch; a sampled C draws by it.
+            u: a direction in output space.
+        """
+        raise NotImplementedError
+
+    def graph_product(self, graph: LossGraph, index: int) -> HessianProduct:
+        """v ↦ Jᵀ C J v on one graph."""
+
+        def product(v: Sequence[Tensor]) -> list[Tensor]:
+            return graph.vjp(self.middle(graph, index, graph.jvp(v)))
+
+        return product
+
+    def snapshot(self, problem: Problem) -> Snapshot:
+        """Differences take the model as it is; derivatives of derivatives need the math attention kernel."""
+        return Snapshot(problem, math_attention=self.jvp != "finite-difference")
+
+    def snapshot_product(
+        self, snapshot: Snapshot, index: int, batch: tuple[Any, Any], v: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Jᵀ C J v of one batch."""
+        if self.jvp == "reverse":
+            return super().snapshot_product(snapshot, index, batch, v)
+        along = (forward_jvp if self.jvp == "forward" else difference_jvp)(snapshot, batch, v)
+        return snapshot.on_graph(batch, lambda graph: graph.vjp(self.middle(graph, index, along)))
+
+
+@dataclass(frozen=True)
+class GaussNewton(OutputSpaceEstimator):
+    """G = Jᵀ H_z J: the Hessian without the curvature of the model itself; positive semidefinite for a convex loss.
+
+    For Hessian-free optimization and natural-gradient methods. H_z is taken from the loss, so any reduction, class
+    weights, masks and smoothing are exact. For a likelihood of the exponential family in its natural parameters
+    (cross-entropy on logits, squared error) G is the Fisher matrix.
+
+    >>> from curvature import estimate
+    >>> model = torch.nn.Linear(2, 1, bias=False)
+    >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    >>> G = estimate(GaussNewton(), model, torch.nn.MSELoss(), [(x, torch.zeros(2, 1))])
+    >>> G.matvec([torch.tensor([[1.0, 1.0]])])
+    [tensor([[1., 4.]])]
+
+    Raises:
+        ValueError: from :func:`curvature.estimate`, where the loss reaches the parameters past the outputs (a
+            penalty on weights, a second output): G would silently leave that part out.
+
+    Cost: about two gradients a product. References: Schraudolph 2002; Martens 2010.
+    """
+
+    def middle(self, graph: LossGraph, index: int, u: Tensor) -> Tensor:
+        """H_z u."""
+        return graph.loss_hvp(u)
+
+    def snapshot(self, problem: Problem) -> Snapshot:
+        """The problem as the products see it, if G is the curvature of all of its loss."""
+        snapshot = super().snapshot(problem)
+        refuse_other_paths(snapshot)
+        return snapshot
+
+
+def forward_jvp(snapshot: Snapshot, batch: tuple[Any, Any], v: Sequence[Tensor]) -> Tensor:
+    """J v by dual numbers through the model."""
+    refuse_padding(snapshot, "jvp")
+    tangents: list[Tensor | None] = []
+
+    def read(outputs: Any) -> None:
+        tangents.append(forward_ad.unpack_dual(output_tensor(outputs)).tangent)
+
+    with explain_missing_derivative('jvp="reverse" or jvp="finite-difference"'), forward_ad.dual_level():
+        duals = [forward_ad.make_dual(p, x.to(p.dtype)) for p, x in zip(snapshot.leaves(), v, strict=True)]
+        _, outputs = snapshot.within(duals, lambda: snapshot.evaluate(batch, read))
+        (tangent,) = tangents
+        z = output_tensor(outputs)
+        return torch.zeros_like(z) if tangent is None else tangent.detach().clone()
+
+
+def difference_jvp(snapshot: Snapshot, batch: tuple[Any, Any], v: Sequence[Tensor]) -> Tensor:
+    """(z(θ + ε v) - z(θ - ε v)) / 2ε, with the step of :func:`curvature.matrix_free.hessian.difference_product`."""
+    length = vectors.norm(v)
+    unit_roundoff = max(torch.finfo(p.dtype).eps for p in snapshot.params)
+    size = unit_roundoff ** (1 / 3) * (1.0 + vectors.norm(snapshot.params))
+    step = size / torch.where(length > 0, length, torch.ones_like(length))
+
+    def outputs_at(shift: list[Tensor]) -> Tensor:
+        # They require grad, by which the one tensor of several outputs is found.
+        moved = [(p + x.to(p.dtype)).requires_grad_() for p, x in zip(snapshot.params, shift, strict=True)]
+        return output_tensor(snapshot.within(moved, lambda: snapshot.evaluate(batch))[1]).detach()
+
+    ahead, behind = outputs_at(vectors.scale(v, step)), outputs_at(vectors.scale(v, -step))
+    return (ahead - behind) * (0.5 / step).to(ahead.device, ahead.dtype)
+
+
+def refuse_other_paths(snapshot: Snapshot) -> None:
+    """Raise where ∇f is not Jᵀ ∂f/∂z, so that a part of the loss would be left out; looks at the first batch."""
+
+    def both(graph: LossGraph) -> tuple[list[Tensor], list[Tensor]]:
+        return graph.gradient(), graph.vjp(graph.output_gradient().detach())
+
+    gradient, through = snapshot.on_graph(snapshot.batches[0], both)
+    epsilon = max(torch.finfo(g.dtype).eps for g in gradient)
+    missing = vectors.norm(vectors.add(gradient, through, -1.0))
+    if bool(missing > epsilon**0.5 * vectors.norm(gradient)):
+        raise ValueError(
+            "the loss reaches the parameters by another way than the outputs (a penalty on weights, a second output), "
+            "which Gauss-Newton leaves out: give the loss without it, or use Hessian"
+        )
+
+
+estimators.add("gauss-newton", GaussNewton)
