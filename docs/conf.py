@@ -23,6 +23,7 @@ project_copyright = "2026, The soaa developers"
 release = version = PROJECT["version"]
 
 extensions = [
+    "matplotlib.sphinxext.plot_directive",
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.intersphinx",
@@ -46,7 +47,7 @@ bibtex_reference_style = "author_year"
 
 # -- reference
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True, "show-inheritance": False}
+autodoc_default_options = {"members": True}
 # Types stand in the signature only: a second list of them below the prose repeats and drifts.
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
@@ -64,6 +65,12 @@ napoleon_custom_sections = [
     "Mathematics",
     "Unit",
 ]
+
+# -- pictures
+plot_formats = ["svg"]
+plot_html_show_formats = False
+plot_html_show_source_link = False
+plot_include_source = False
 
 # -- links to other projects
 # A build must not depend on a network, and intersphinx only warns about an inventory that it cannot fetch. So
