@@ -6,6 +6,7 @@ from curvature.estimate import estimate
 from curvature.hutchinson import HutchinsonDiagonal
 from curvature.identity import Identity
 from curvature.krylov_solve import ConvergenceError
+from curvature.kronecker import KFAC
 from curvature.loss_graph import LossGraph
 from curvature.matrix_free import GaussNewton, Hessian, MatrixFreeOperator
 from curvature.operators import DiagonalOperator, IdentityOperator, Operator
@@ -37,6 +38,7 @@ __all__ = [
     "HutchinsonDiagonal",
     "Identity",
     "IdentityOperator",
+    "KFAC",
     "LossGraph",
     "MatrixFreeOperator",
     "Needs",

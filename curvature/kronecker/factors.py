@@ -1,0 +1,137 @@
+"""The two factors of a block from what its layer saw: A from inputs, G from output gradients.
+
+Legend: a (groups, lead, d_in) rows of inputs; g (groups, lead, d_out) rows of gradients; lead = (N, R…), N samples
+with R positions each; w the weight of a row, Σ_r w_nr = c_n; A = Σ w a aᵀ / Σ w; G = Σ g gᵀ (g carries √c_n).
+
+``expand`` takes positions as samples: A = Σ_nr w a aᵀ, G = Σ_nr g gᵀ. ``reduce`` first brings each sample to one
+row: a_n the mean of a_nr, g_n the sum of g_nr (Eschenhagen et al. 2023, arXiv 2311.00636, eqs. 20 and 24). Several
+calls of one module, and of modules that share a weight, are further positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from curvature.kronecker.fisher import sample_weights
+
+Sharing = Literal["expand", "reduce"]
+
+
+def row_weights(weights: Tensor, lead: Sequence[int], where: str) -> Tensor:
+    """The weight of every row of a layer, from the weights of the positions of z.
+
+    Rows that are the positions of z have their weights. Otherwise a sample's weight is spread evenly over its
+    rows. Rows that cannot be told apart by sample are weighted alike if all samples are.
+
+    Args:
+        weights: c, shaped like the positions of z, (N, T…).
+        lead: the shape of the layer's positions.
+        where: the layer, for the message.
+
+    Raises:
+        ValueError: where rows cannot be assigned to samples although the samples' weights differ.
+
+    >>> row_weights(torch.tensor([1.0, 2.0]), (2, 2), "layer")
+    tensor([[0.5000, 0.5000],
+            [1.0000, 1.0000]])
+    """
+    lead = tuple(lead)
+    if lead == tuple(weights.shape):
+        return weights
+    c = sample_weights(weights)
+    if lead and lead[0] == c.shape[0]:
+        spread = c / math.prod(lead[1:])
+        return spread.reshape(-1, *[1] * (len(lead) - 1)).expand(lead)
+    if lead == (weights.numel(),):  # positions flattened, sample by sample
+        return weights.reshape(lead)
+    if bool((weights - weights.mean()).abs().max() <= 1e-4 * weights.abs().max()):
+        return (weights.sum() / max(math.prod(lead), 1)).expand(lead)
+    raise ValueError(
+        f"{where} was called with positions of shape {lead}, the loss weighs outputs of shape {tuple(weights.shape)} "
+        "unevenly, so which sample a row belongs to is not known: keep the samples in dim 0, or exclude this layer"
+    )
+
+
+def by_sample(lead: Sequence[int], weights: Tensor, where: str) -> tuple[int, int]:
+    """(N, R): how the positions of a layer divide into samples, for ``sharing="reduce"``."""
+    samples = weights.shape[0] if weights.dim() else 1
+    count = math.prod(lead)
+    if (lead and lead[0] == samples) or (tuple(lead) == (weights.numel(),)) or samples == 1:
+        return samples, count // samples
+    raise ValueError(
+        f'{where} was called with positions of shape {tuple(lead)} for {samples} samples, so sharing="reduce" cannot '
+        'sum over the positions of a sample: keep the samples in dim 0, or use sharing="expand"'
+    )
+
+
+def input_factor(
+    rows: Sequence[Tensor], weights: Sequence[Tensor], with_weight: bool, with_bias: bool
+) -> Tensor:
+    """Σ w [a; 1][a; 1]ᵀ over the rows of all calls, (groups, size_in, size_in).
+
+    Args:
+        rows: a of every call, (groups, M, d_in).
+        weights: w of every call, (M,).
+        with_weight: whether a takes part; without it only the 1 of the bias is left.
+        with_bias: whether the 1 takes part.
+    """
+    total: Tensor | None = None
+    for a, w in zip(rows, weights, strict=True):
+        if not with_weight:
+            part = w.sum().expand(a.shape[0], 1, 1).clone()
+        else:
+            a = a.to(torch.promote_types(a.dtype, torch.float32))
+            weighted = a * w.unsqueeze(-1)
+            if with_bias:
+                d = a.shape[-1]
+                part = a.new_empty(a.shape[0], d + 1, d + 1)
+                part[:, :d, :d] = weighted.mT @ a
+                part[:, :d, d] = part[:, d, :d] = weighted.sum(1)
+                part[:, d, d] = w.sum()
+            else:
+                part = weighted.mT @ a
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total
+
+
+def token_factor(indices: Sequence[Tensor], weights: Sequence[Tensor], size: int) -> Tensor:
+    """The diagonal of Σ w e eᵀ over one-hot rows, (1, size); a negative index is a row of zeros."""
+    counts = torch.zeros(size, dtype=weights[0].dtype, device=weights[0].device)
+    for index, w in zip(indices, weights, strict=True):
+        flat = index.reshape(-1)
+        counts.index_add_(0, flat.clamp(min=0), w.reshape(-1) * (flat >= 0))
+    return counts.unsqueeze(0)
+
+
+def reduce_inputs(rows: Sequence[Tensor], weights: Sequence[Tensor], samples: int) -> tuple[Tensor, Tensor]:
+    """a_n, the weighted mean over the positions of all calls, (groups, N, d_in), and c_n, (N,)."""
+    total: Tensor | None = None
+    mass: Tensor | None = None
+    for a, w in zip(rows, weights, strict=True):
+        a = a.to(torch.promote_types(a.dtype, torch.float32))
+        part = (a * w.unsqueeze(-1)).reshape(a.shape[0], samples, -1, a.shape[-1]).sum(2)
+        c = w.reshape(samples, -1).sum(1)
+        total = part if total is None else total + part
+        mass = c if mass is None else mass + c
+    assert total is not None
+    assert mass is not None
+    safe = torch.where(mass > 0, mass, torch.ones_like(mass))
+    return total / safe.unsqueeze(-1), mass
+
+
+def reduce_gradients(rows: Sequence[Tensor], samples: int) -> Tensor:
+    """g_n, the sum over the positions of all calls, (groups, N, d_out)."""
+    parts = [g.reshape(g.shape[0], samples, -1, g.shape[-1]).sum(2) for g in rows]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+
+def gradient_factor_(into: Tensor, rows: Tensor) -> Tensor:
+    """G += Σ g gᵀ over (groups, M, d_out) rows, in place."""
+    rows = rows.to(into.dtype)
+    return into.baddbmm_(rows.mT, rows)

@@ -1,0 +1,143 @@
+"""What is sent back from the outputs: vectors V_k with Σ_k V_k V_kᵀ = H_z, or its estimate, for each kind of Fisher.
+
+Legend: z the outputs, (lead, C), lead = (N, T…); H_n = c_n M_n = S_n S_nᵀ the block of position n; u_n the part of
+∂f/∂z at sample n. With V_k sent back, the gradient of a layer's output at sample n is g_nk, and G = Σ_n Σ_k g_nk g_nkᵀ.
+
+- ``type-2``: the columns of S_n, so G is that of the Gauss-Newton matrix (the exact Fisher of the likelihood).
+- ``mc``: √(c_n/K) times the score of a label drawn from the model, K draws.
+- ``empirical``: u_n / √c_n, the gradient for the label of the data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from curvature.kronecker.output_curvature import OutputCurvature
+from curvature.loss_graph import LossGraph
+from curvature.probes import generator
+
+FisherKind = Literal["type-2", "mc", "empirical", "forward-only"]
+FISHER_KINDS: tuple[FisherKind, ...] = ("type-2", "mc", "empirical", "forward-only")
+
+#: Largest number of backward passes for which every position of a sequence output is sent back on its own.
+EXACT_COLUMNS = 256
+
+
+@dataclass(frozen=True)
+class Column:
+    """One vector to send back from the outputs.
+
+    Args:
+        value: V_k, shaped like z.
+        position: the one position (an index into T…, flattened) where it is not zero, or ``None`` for all.
+    """
+
+    value: Tensor
+    position: int | None = None
+
+
+def columns(
+    kind: FisherKind, graph: LossGraph, found: OutputCurvature, samples: int, seed: int, step: int
+) -> Iterator[Column]:
+    """The vectors V_k of one loss; each is one backward pass, without weight gradients."""
+    if kind == "forward-only":
+        return iter(())
+    if kind == "empirical":
+        return _empirical(graph, found)
+    if kind == "mc":
+        return _sampled(graph, found, samples, generator(seed, step, found.z.device))
+    return _factor_columns(graph, found, generator(seed, step, found.z.device))
+
+
+def sample_weights(weights: Tensor) -> Tensor:
+    """c of each sample, (N,): a sample's positions added up."""
+    return weights.reshape(weights.shape[0], -1).sum(1) if weights.dim() else weights.reshape(1)
+
+
+def _factor_columns(graph: LossGraph, found: OutputCurvature, random: torch.Generator) -> Iterator[Column]:
+    """The columns of S_n. Positions of one sequence may meet in a layer, where their vectors must not interfere.
+
+    Few positions are sent back one by one, which is exact. Many go together, each with a random sign: the cross
+    terms then vanish in the mean, and vanish exactly where positions do not mix.
+    """
+    z = found.z
+    lead, C = z.shape[:-1], z.shape[-1]
+    positions = math.prod(lead[1:])
+    root = _root(found)
+    alone = positions > 1 and positions * C <= EXACT_COLUMNS
+    if positions > 1 and not alone:
+        signs = torch.randint(0, 2, lead, generator=random, device=z.device, dtype=torch.int8).to(z.dtype)
+        root = root * (signs * 2 - 1).reshape(*lead, 1, 1)
+    for k in range(C):
+        column = root[..., k].expand(z.shape)
+        if not alone:
+            yield Column(_back(graph, found, column))
+            continue
+        flat = column.reshape(lead[0], positions, C)
+        for t in range(positions):
+            one = torch.zeros_like(flat)
+            one[:, t] = flat[:, t]
+            yield Column(_back(graph, found, one.reshape(z.shape)), t)
+
+
+def _root(found: OutputCurvature) -> Tensor:
+    """S_n with H_n = S_n S_nᵀ, (lead, C, C)."""
+    z, C = found.z, found.z.shape[-1]
+    if found.blocks is not None:
+        values, vectors = torch.linalg.eigh((found.blocks + found.blocks.mT) / 2)
+        size = values.abs().amax()
+        if bool((values < -30 * torch.finfo(values.dtype).eps ** 0.5 * size).any()):
+            raise ValueError(
+                "the loss is concave in some output, so its Gauss-Newton matrix is indefinite and has no Kronecker "
+                "factors: use fisher='empirical', or a matrix-free curvature (GaussNewton)"
+            )
+        root: Tensor = vectors * values.clamp(min=0.0).sqrt().unsqueeze(-2)
+        return root
+    weight = found.weights.sqrt().unsqueeze(-1).unsqueeze(-1)
+    if found.likelihood == "categorical":
+        p = torch.softmax(z, -1)
+        # diag(p) - p pᵀ = S Sᵀ for S = diag(√p) - p √pᵀ, since Σ p = 1
+        return weight * (torch.diag_embed(p.sqrt()) - p.unsqueeze(-1) * p.sqrt().unsqueeze(-2))
+    if found.likelihood == "bernoulli":
+        s = torch.sigmoid(z)
+        return weight * torch.diag_embed((s * (1 - s)).sqrt())
+    return weight * torch.eye(C, dtype=z.dtype, device=z.device)
+
+
+def _sampled(
+    graph: LossGraph, found: OutputCurvature, samples: int, random: torch.Generator
+) -> Iterator[Column]:
+    """√(c_n/K) (∂/∂z of the negative log-likelihood of a label drawn from the model)."""
+    z = found.z
+    scale = (found.weights / samples).sqrt().unsqueeze(-1)
+    for _ in range(samples):
+        if found.likelihood == "categorical":
+            p = torch.softmax(z, -1)
+            label = torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=random).reshape(
+                *p.shape[:-1], 1
+            )
+            score = p.scatter_add(-1, label, torch.full_like(label, -1, dtype=p.dtype))
+        elif found.likelihood == "bernoulli":
+            s = torch.sigmoid(z)
+            score = s - torch.bernoulli(s, generator=random)
+        else:
+            score = torch.randn(z.shape, generator=random, dtype=z.dtype, device=z.device)
+        yield Column(_back(graph, found, scale * score))
+
+
+def _empirical(graph: LossGraph, found: OutputCurvature) -> Iterator[Column]:
+    """u_n / √c_n, with c_n of the whole sample: a sequence is one sample."""
+    u = found.layout.last(graph.output_gradient().detach()).to(found.z.dtype)
+    c = sample_weights(found.weights)
+    root = torch.where(c > 0, c, torch.ones_like(c)).rsqrt() * (c > 0)
+    yield Column(_back(graph, found, u * root.reshape(-1, *[1] * (u.dim() - 1))))
+
+
+def _back(graph: LossGraph, found: OutputCurvature, v: Tensor) -> Tensor:
+    return found.layout.back(v).to(graph.output.dtype)

@@ -1,0 +1,197 @@
+"""Which parameters form which block: decided once, from the model and the parameters alone.
+
+Nothing here holds a tensor or a module: a layout is copied and pickled with its estimator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from curvature.kronecker.rules import Dims, LayerRule, rule_for
+
+
+@dataclass(frozen=True)
+class Block:
+    """One Kronecker block [W, b], or W or b alone where only one of them is trained.
+
+    Args:
+        rule: how its layer is read.
+        dims: groups, d_out, d_in of the weight.
+        modules: the names of the modules that use it; several where a weight is tied.
+        weight: index of the weight among the parameters, or ``None``.
+        bias: index of the bias among the parameters, or ``None``.
+    """
+
+    rule: LayerRule
+    dims: Dims
+    modules: tuple[str, ...]
+    weight: int | None
+    bias: int | None
+
+    @property
+    def root(self) -> int:
+        """The parameter at whose place the block's state is kept."""
+        index = self.bias if self.weight is None else self.weight
+        assert index is not None
+        return index
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """The block's parameters."""
+        return tuple(i for i in (self.weight, self.bias) if i is not None)
+
+    @property
+    def diagonal_input(self) -> bool:
+        """Whether A is diagonal and kept as a vector."""
+        return self.rule.diagonal_input and self.weight is not None
+
+    @property
+    def size_in(self) -> int:
+        """Rows of A: d_in, one more for the bias, 1 for a bias alone."""
+        return (0 if self.weight is None else self.dims.d_in) + (0 if self.bias is None else 1)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The blocks of a model, and what is left to the diagonal.
+
+    Args:
+        names: the parameters' names, in order.
+        shapes: their shapes.
+        blocks: Kronecker blocks.
+        diagonal: indices of the parameters treated by the diagonal.
+        reasons: for what fell back, why: ``"'norm' (LayerNorm)": "no rule"``.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+    blocks: tuple[Block, ...]
+    diagonal: tuple[int, ...]
+    reasons: dict[str, str] = field(default_factory=dict, compare=False)
+
+    @property
+    def watched(self) -> tuple[str, ...]:
+        """The modules whose calls must be recorded."""
+        return tuple(dict.fromkeys(m for b in self.blocks for m in b.modules))
+
+
+@dataclass
+class _Use:
+    module: str
+    rule: LayerRule
+    dims: Dims
+    weight: int | None
+    bias: int | None
+
+
+def build_layout(
+    model: nn.Module, params: Sequence[Tensor], exclude: Sequence[str] = (), max_dim: int | None = None
+) -> Layout:
+    """Sort the parameters into blocks.
+
+    Args:
+        model: whose modules use them.
+        params: the trained parameters, in the optimizer's order.
+        exclude: names of modules (with all below them) left to the diagonal.
+        max_dim: the largest factor; a layer that needs a larger one is left to the diagonal.
+
+    Raises:
+        ValueError: for a parameter that is not the model's, or an excluded name that is no module's.
+    """
+    index = {id(p): i for i, p in enumerate(params)}
+    named = {id(p): name for name, p in model.named_parameters()}
+    foreign = [i for i, p in enumerate(params) if id(p) not in named]
+    if foreign:
+        raise ValueError(
+            f"the parameter at position {foreign[0]} (shape {tuple(params[foreign[0]].shape)}) is not one of the "
+            "model's: give the estimator the model whose parameters are optimized"
+        )
+    modules = dict(model.named_modules())
+    unknown = [name for name in exclude if name not in modules]
+    if unknown:
+        raise ValueError(f"exclude must name modules of the model, got {unknown[0]!r}")
+    uses: list[_Use] = []
+    reasons: dict[str, str] = {}
+    claimed: set[int] = set()
+    for name, module in modules.items():
+        own = [index[id(p)] for p in module._parameters.values() if p is not None and id(p) in index]
+        if not own:
+            continue
+        label = f"{name or 'the model'!r} ({type(module).__name__})"
+        use, reason = _use(name, module, index, exclude, max_dim)
+        if use is None:
+            reasons[label] = reason
+            continue
+        uses.append(use)
+        claimed.update(i for i in (use.weight, use.bias) if i is not None)
+        if any(i not in (use.weight, use.bias) for i in own):
+            reasons[label] = "parameters that its rule does not know"
+    blocks = _merge(uses, reasons)
+    covered = {i for b in blocks for i in b.members}
+    names = tuple(named[id(p)] for p in params)
+    shapes = tuple(p.shape for p in params)
+    return Layout(
+        names, shapes, tuple(blocks), tuple(i for i in range(len(params)) if i not in covered), reasons
+    )
+
+
+def _use(
+    name: str, module: nn.Module, index: dict[int, int], exclude: Sequence[str], max_dim: int | None
+) -> tuple[_Use | None, str]:
+    if any(name == e or name.startswith(e + ".") for e in exclude):
+        return None, "excluded"
+    rule = rule_for(module)
+    if rule is None:
+        return None, "no rule"
+    weight, bias = (module._parameters.get(n) if n else None for n in (rule.weight, rule.bias))
+    if weight is None and getattr(module, rule.weight, None) is not None:
+        return None, "its weight is computed from other parameters"
+    refused = rule.refuse(module)
+    if refused is not None:
+        return None, refused
+    dims = rule.dims(module)
+    use = _Use(
+        name,
+        rule,
+        dims,
+        None if weight is None else index.get(id(weight)),
+        None if bias is None else index.get(id(bias)),
+    )
+    if use.weight is None and use.bias is None:
+        return None, "no rule"
+    largest = max(dims.d_out, 0 if rule.diagonal_input or use.weight is None else dims.d_in + 1)
+    if max_dim is not None and largest > max_dim:
+        return None, f"a factor of {largest} rows, above max_dim={max_dim}"
+    return use, ""
+
+
+def _merge(uses: list[_Use], reasons: dict[str, str]) -> list[Block]:
+    """One block a weight: modules that share it are its calls. Biases join it only where all sharers agree."""
+    by_weight: dict[int, list[_Use]] = {}
+    by_bias: dict[int, list[_Use]] = {}
+    for use in uses:
+        if use.weight is not None:
+            by_weight.setdefault(use.weight, []).append(use)
+        if use.bias is not None:
+            by_bias.setdefault(use.bias, []).append(use)
+    blocks, alone = [], dict(by_bias)
+    for weight, sharers in by_weight.items():
+        first = sharers[0]
+        if any((u.rule, u.dims) != (first.rule, first.dims) for u in sharers):
+            label = ", ".join(repr(u.module) for u in sharers)
+            reasons[label] = "a weight that layers of different kinds share"
+            continue
+        bias = first.bias
+        if bias is not None and by_bias[bias] == sharers:
+            del alone[bias]
+        else:
+            bias = None
+        blocks.append(Block(first.rule, first.dims, tuple(u.module for u in sharers), weight, bias))
+    for bias, sharers in alone.items():
+        first = sharers[0]
+        blocks.append(Block(first.rule, first.dims, tuple(u.module for u in sharers), None, bias))
+    return sorted(blocks, key=lambda b: b.root)

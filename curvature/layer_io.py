@@ -1,0 +1,217 @@
+"""Layer inputs and the gradients of layer outputs: who used a parameter, with what, at which node of the graph.
+
+A forward hook leaves a :class:`Record` (module name, detached inputs) in the ``metadata`` of the autograd node that
+made the layer's output. That dictionary lives exactly as long as the node, so a loss that is thrown away takes its
+records with it, a module called twice leaves two, and several losses never mix. :func:`trace` finds the records by
+walking the graph; gradients of layer outputs are then taken at :class:`torch.autograd.graph.GradientEdge`, which is
+right under in-place activations too (the node is the one before the activation) and forms no weight gradient.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node
+
+_keys = itertools.count()
+
+#: Nodes between a parameter and its use that only change layout or precision: a use of them is a use of it.
+_TRANSPARENT = frozenset({
+    "TBackward0", "TransposeBackward0", "ToCopyBackward0", "ViewBackward0", "PermuteBackward0", "AliasBackward0",
+    "UnsqueezeBackward0", "DetachBackward0",
+})  # fmt: skip
+
+
+@dataclass(eq=False)
+class Record:
+    """One call of one module.
+
+    Args:
+        module: its name in the model.
+        inputs: its positional tensors, detached; keyword tensors come after them, in the order given.
+        versions: their version counters, to notice a later in-place change.
+        shape: the output's shape; the gradient at its node has as many elements.
+        output_number: which output of its node it is.
+    """
+
+    module: str
+    inputs: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+    shape: torch.Size
+    output_number: int
+
+    def check_unchanged(self) -> None:
+        """Refuse inputs that were overwritten after the call."""
+        for x, version in zip(self.inputs, self.versions, strict=True):
+            if x._version != version:
+                raise RuntimeError(
+                    f"the input of {self.module!r} was modified in place after the call, so its curvature cannot be "
+                    "observed: use the out-of-place operation there"
+                )
+
+
+@dataclass(frozen=True)
+class Call:
+    """A record, and the edge at which the gradient of its output is taken.
+
+    They are two objects because the node owns the record: an edge inside it would own the node, a cycle through
+    C++ that no garbage collection sees.
+    """
+
+    record: Record
+    edge: GradientEdge
+
+
+@dataclass
+class Trace:
+    """What a walk of one graph found.
+
+    Args:
+        calls: every recorded call, by module name, in order.
+        uses: for each parameter (by ``id``), the nodes that read it, one entry a read.
+        opaque: names of nodes that hide what happens inside them (reentrant checkpoints, compiled graphs).
+    """
+
+    calls: dict[str, list[Call]] = field(default_factory=dict)
+    uses: dict[int, list[Node]] = field(default_factory=dict)
+    opaque: list[str] = field(default_factory=list)
+
+
+class LayerHook:
+    """The forward hook; it holds its recorder weakly, and a copied or unpickled one does nothing."""
+
+    def __init__(self, recorder: Recorder | None = None, name: str = "") -> None:
+        self._recorder = None if recorder is None else weakref.ref(recorder)
+        self._name = name
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+    ) -> None:
+        recorder = None if self._recorder is None else self._recorder()
+        if recorder is not None and recorder.enabled and torch.is_grad_enabled():
+            recorder.record(self._name, args, kwargs, output)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerHook:
+        return LayerHook()
+
+    def __reduce__(self) -> tuple[Callable[..., LayerHook], tuple[()]]:
+        return LayerHook, ()
+
+
+class Recorder:
+    """Records the calls of some modules of a model, for as long as this object lives.
+
+    Args:
+        model: the model whose submodules are watched.
+        names: the watched modules, as in ``model.named_modules()``.
+
+    The model stays picklable and can be copied: its hooks are inert in the copy. A copied or unpickled recorder
+    watches the copy of its model.
+
+    Cost: one short Python call a module and forward pass; the inputs are the tensors that autograd keeps anyway.
+    """
+
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+        self.model = model
+        self.names = tuple(names)
+        self.key = f"soaa.layer_io.{next(_keys)}"
+        self.enabled = True
+        modules = dict(model.named_modules())
+        handles = [
+            modules[name].register_forward_hook(LayerHook(self, name), with_kwargs=True)
+            for name in self.names
+        ]
+        weakref.finalize(self, _remove, handles)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Recorder:
+        return Recorder(copy.deepcopy(self.model, memo), self.names)
+
+    def __reduce__(self) -> tuple[type[Recorder], tuple[nn.Module, tuple[str, ...]]]:
+        return Recorder, (self.model, self.names)
+
+    def record(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
+        """Leave a record at the node of ``output``."""
+        out = output if isinstance(output, Tensor) else next((o for o in _tensors(output)), None)
+        if out is None or out.grad_fn is None:
+            return
+        inputs = tuple(x.detach() for x in (*_tensors(args), *_tensors(kwargs.values())))
+        node, number = out.grad_fn, out.output_nr
+        base = out._base if out._is_view() else None
+        if (
+            base is not None
+            and base.grad_fn is not None
+            and base.numel() == out.numel()
+            and base.is_contiguous()
+            and out.is_contiguous()
+        ):
+            # An in-place operation on a view replaces the view's node; that of its base stays in the graph.
+            node, number = base.grad_fn, base.output_nr
+        record = Record(name, inputs, tuple(x._version for x in inputs), out.shape, number)
+        _metadata(node).setdefault(self.key, []).append(record)
+
+    def trace(self, output: Tensor) -> Trace:
+        """Walk the graph below ``output``: O(nodes)."""
+        found = Trace()
+        if output.grad_fn is None:
+            return found
+        calls: list[tuple[int, Call]] = []
+        parents: dict[Node, list[Node]] = {}
+        leaves: dict[Node, int] = {}
+        stack, seen = [output.grad_fn], {output.grad_fn}
+        while stack:
+            node = stack.pop()
+            name = node.name()
+            if "CheckpointFunction" in name or "CompiledFunction" in name:
+                found.opaque.append(name)
+            variable = getattr(node, "variable", None)
+            if variable is not None:
+                leaves[node] = id(variable)
+                continue
+            calls.extend(
+                (node._sequence_nr(), Call(record, GradientEdge(node, record.output_number)))
+                for record in _metadata(node).get(self.key, ())
+            )
+            for child, _ in node.next_functions:
+                if child is None:
+                    continue
+                parents.setdefault(child, []).append(node)
+                if child not in seen:
+                    seen.add(child)
+                    stack.append(child)
+        for _, call in sorted(calls, key=lambda numbered: numbered[0]):
+            found.calls.setdefault(call.record.module, []).append(call)
+        for leaf, identity in leaves.items():
+            found.uses[identity] = _readers(leaf, parents)
+        return found
+
+
+def _metadata(node: Node) -> dict[str, list[Record]]:
+    return cast("dict[str, list[Record]]", node.metadata)  # a property, whatever its stub says
+
+
+def _readers(node: Node, parents: Mapping[Node, list[Node]]) -> list[Node]:
+    """The nodes that read ``node``, looking through changes of layout and precision."""
+    readers: list[Node] = []
+    for parent in parents.get(node, ()):
+        if parent.name() in _TRANSPARENT and len(parent.next_functions) == 1:
+            above = _readers(parent, parents)
+            readers.extend(above if above else [parent])
+        else:
+            readers.append(parent)
+    return readers
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    return [x for x in values if isinstance(x, Tensor)]
+
+
+def _remove(handles: Sequence[Any]) -> None:
+    for handle in handles:
+        handle.remove()
