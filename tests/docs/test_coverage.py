@@ -52,16 +52,17 @@ def directive_body(lines: list[str], indent: int) -> str:
 
 
 def resolve(dotted: str) -> object:
+    """The object of that name; attributes win over submodules (`optimizers.build` names both)."""
     parts = dotted.split(".")
-    for cut in range(len(parts), 0, -1):
+    for cut in range(1, len(parts) + 1):
+        value: object = importlib.import_module(".".join(parts[:cut]))
         try:
-            value: object = importlib.import_module(".".join(parts[:cut]))
-        except ModuleNotFoundError:
+            for name in parts[cut:]:
+                value = getattr(value, name)
+        except AttributeError:
             continue
-        for name in parts[cut:]:
-            value = getattr(value, name)
         return value
-    raise ModuleNotFoundError(dotted)
+    raise AssertionError(f"docs/reference documents {dotted}, which does not exist")
 
 
 @pytest.fixture(scope="module")
