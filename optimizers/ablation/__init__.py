@@ -1,0 +1,29 @@
+"""Ablations: any grid of curvature and trust region on a workload, fairly compared.
+
+>>> from optimizers.ablation import Ablation, ablate
+>>> ablation = Ablation(workload="digits", optimizers=["torch-adamw", "torch-sgd"], seeds=2)
+>>> [cell.label for cell in ablation.all_cells()]
+['torch-adamw', 'torch-sgd']
+"""
+
+from __future__ import annotations
+
+from optimizers.ablation.ablate import Outcome, ablate
+from optimizers.ablation.cell import Cell
+from optimizers.ablation.config import Ablation, RunConfig, read_config
+from optimizers.ablation.errors import AblationError
+from optimizers.ablation.results import Row
+from optimizers.ablation.workload import TensorData, Workload
+
+__all__ = [
+    "Ablation",
+    "AblationError",
+    "Cell",
+    "Outcome",
+    "Row",
+    "RunConfig",
+    "TensorData",
+    "Workload",
+    "ablate",
+    "read_config",
+]

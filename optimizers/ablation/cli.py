@@ -1,0 +1,226 @@
+"""The command ``soaa``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from optimizers.ablation.errors import AblationError
+
+app = typer.Typer(
+    name="soaa",
+    help="Second-order optimizers for PyTorch: compare them, and look at what was found.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+console = Console()
+errors = Console(stderr=True)
+# columns that a terminal 80 wide has room for; the files have all
+NARROW = ("cell", "lr", "train loss", "validation loss", "test metric", "steps to target", "ms/step")
+
+
+def main() -> None:
+    """Run the command; a mistake of the user is one line on standard error and exit code 2."""
+    try:
+        app()
+    except AblationError as error:
+        errors.print(f"[bold red]error:[/] {_escaped(error)}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        errors.print("interrupted: finished runs are on disk, the same command continues", highlight=False)
+        # no clean-up of threads that a run may still hold: every result is on disk already
+        sys.stderr.flush()
+        os._exit(130)
+
+
+def _escaped(message: object) -> str:
+    from rich.markup import escape
+
+    return escape(str(message))
+
+
+def _listed(values: list[str] | None) -> tuple[str, ...]:
+    """Options that are repeated or separated by blanks; commas separate where no cell option uses them."""
+    names: list[str] = []
+    for value in values or []:
+        names += [value] if ":" in value else [name for name in value.split(",") if name]
+    return tuple(names)
+
+
+@app.command()
+def ablate(
+    config: Annotated[
+        Path | None, typer.Argument(help="TOML file; options override it.", show_default=False)
+    ] = None,
+    workload: Annotated[
+        str | None, typer.Option("--workload", "-w", help="See soaa list.  [default: digits]")
+    ] = None,
+    optimizer: Annotated[
+        list[str] | None,
+        typer.Option("--optimizer", "-o", help="name or name:option=value,option=value; again for more."),
+    ] = None,
+    curvature: Annotated[
+        list[str] | None, typer.Option("--curvature", "-c", help="Rows of a grid, a,b or repeated.")
+    ] = None,
+    trust_region: Annotated[
+        list[str] | None, typer.Option("--trust-region", "-t", help="Columns of that grid, a,b or repeated.")
+    ] = None,
+    lr: Annotated[
+        str | None,
+        typer.Option("--lr", help="Learning rates, a,b,c.  [default: three around each typical one]"),
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option("--seeds", help="How many, or which: 5 or 0,7,8.  [default: 3]")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", help="Training steps.  [default: the workload's]")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="[default: the workload's]")] = None,
+    schedule: Annotated[str | None, typer.Option("--schedule", help="constant or cosine.")] = None,
+    warmup: Annotated[float | None, typer.Option("--warmup", help="Fraction of the steps.")] = None,
+    evaluations: Annotated[int | None, typer.Option("--evaluations", help="Points of a curve.")] = None,
+    threads: Annotated[int | None, typer.Option("--threads", help="Of PyTorch in each run.")] = None,
+    workers: Annotated[int | None, typer.Option("--workers", help="Runs at the same time.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, float64, bfloat16.")] = None,
+    out: Annotated[Path, typer.Option("--out", help="Results folder; the same folder continues.")] = Path(
+        "soaa-results"
+    ),
+) -> None:
+    """Compare optimizers, or any grid of curvature x trust region, on a workload."""
+    from optimizers.ablation.config import Ablation, read_config
+
+    asked: dict[str, Any] = {
+        "workload": workload,
+        "optimizers": _listed(optimizer) or None,
+        "curvature": _listed(curvature) or None,
+        "trust_region": _listed(trust_region) or None,
+        "learning_rates": _numbers("--lr", lr, float),
+        "seeds": _seeds(seeds),
+        "steps": steps,
+        "batch_size": batch_size,
+        "schedule": schedule,
+        "warmup": warmup,
+        "evaluations": evaluations,
+        "threads": threads,
+        "workers": workers,
+        "device": device,
+        "dtype": dtype,
+    }
+    overrides = {name: value for name, value in asked.items() if value is not None}
+    ablation = Ablation(**overrides) if config is None else read_config(config, overrides)
+    _run(ablation, out)
+
+
+def _run(ablation: Any, out: Path) -> None:
+    from optimizers.ablation.ablate import ablate as run_ablation
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=errors, transient=True) as progress:
+        task = progress.add_task("checking", total=None)
+        done: dict[str, int] = {}
+
+        def start(runs: list[Any]) -> None:
+            progress.update(task, total=sum(run.steps for run in runs), description=f"{len(runs)} runs")
+
+        def step(run: Any, count: int) -> None:
+            done[run.key] = count
+            name = f"{run.cell.label} seed {run.seed}"
+            progress.update(task, completed=sum(done.values()), description=name[:40])
+
+        outcome = run_ablation(ablation, out, step, start)
+    _print_outcome(outcome)
+    failed = [row for row in outcome.rows if row.error]
+    for row in failed:
+        errors.print(f"[red]failed:[/] {_escaped(row.cell.label)}: {_escaped(row.error)}", highlight=False)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _print_outcome(outcome: Any) -> None:
+    from optimizers.ablation import results, workload
+
+    problem = workload.get(outcome.ablation.workload)
+    goal, whose = results.target(outcome.best, problem.target)
+    table = Table(title=problem.summary, title_justify="left", box=None, pad_edge=False)
+    titles = {
+        "validation metric": f"validation {problem.metric_name}",
+        "test metric": f"test {problem.metric_name}",
+    }
+    shown = [name for name, _ in results.COLUMNS if console.width >= 150 or name in NARROW]
+    for position, name in enumerate(shown):
+        table.add_column(
+            titles.get(name, name), justify="left" if position == 0 else "right", overflow="fold"
+        )
+    for row in outcome.table():
+        table.add_row(*(_escaped(row[name]) for name in shown))
+    console.print(table)
+    if whose:
+        measure = problem.target.replace("_", " ")
+        console.print(
+            f"target: {measure} <= {goal:.4g}, the median of {whose}, the best first-order baseline here"
+        )
+    console.print("learning rates were chosen by validation loss; ± is the standard deviation over seeds")
+    console.print(f"table.md, table.csv, curves.png and runs/ are in {outcome.folder}", soft_wrap=True)
+
+
+@app.command("list")
+def list_names() -> None:
+    """List workloads, optimizers, curvature and trust regions."""
+    from optimizers.ablation import adapter, workload
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("kind", style="dim")
+    table.add_column("name", style="bold", no_wrap=True)
+    table.add_column("what it is", overflow="fold")
+    for name in workload.names():
+        table.add_row("workload", name, _escaped(workload.get(name).summary))
+    for kind, names in sorted(adapter.available().items()):
+        table.add_section()
+        for name in names:
+            table.add_row(
+                kind.replace("_", " ").removesuffix("s"), name, _escaped(adapter.summary(kind, name))
+            )
+    console.print(table)
+
+
+def _numbers(option: str, text: str | None, kind: type) -> tuple[Any, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        example = "1e-3,1e-2" if kind is float else "3 or 0,1,2"
+        raise AblationError(
+            f"{option} must be numbers separated by commas, such as {example}, got {text!r}"
+        ) from None
+
+
+def _seeds(text: str | None) -> int | tuple[int, ...] | None:
+    numbers = _numbers("--seeds", text, int)
+    if numbers is None:
+        return None
+    return int(numbers[0]) if len(numbers) == 1 else numbers

@@ -1,0 +1,192 @@
+"""From finished runs to rows of a table: one row a cell, at its best learning rate."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from optimizers.ablation import baselines, workload
+from optimizers.ablation.cell import Cell
+from optimizers.ablation.config import RunConfig
+from optimizers.ablation.store import Store
+
+Record = dict[str, Any]
+# name, whether it depends on the clock (and so differs between two equal runs)
+COLUMNS = (
+    ("cell", False),
+    ("lr", False),
+    ("seeds", False),
+    ("train loss", False),
+    ("validation loss", False),
+    ("validation metric", False),
+    ("test metric", False),
+    ("steps to target", False),
+    ("diverged", False),
+    ("state bytes", False),
+    ("ms/step", True),
+    ("seconds to target", True),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A cell at one learning rate over its seeds."""
+
+    cell: Cell
+    learning_rate: float | None
+    records: tuple[Record, ...]
+
+    def values(self, name: str) -> list[float]:
+        """Return a result of every run, by seed; infinite where a run has none (it failed or diverged)."""
+        return [number(record["result"].get(name)) for record in self.records]
+
+    def mean(self, name: str) -> float:
+        """Return the mean of a result over seeds."""
+        return statistics.fmean(self.values(name))
+
+    @property
+    def error(self) -> str:
+        """Why the first failed run failed, or nothing."""
+        return next((str(record["error"]) for record in self.records if record["status"] == "failed"), "")
+
+    @property
+    def diverged(self) -> float:
+        """The fraction of runs that failed or diverged."""
+        bad = [r["status"] == "failed" or bool(r["result"].get("diverged", True)) for r in self.records]
+        return float(sum(bad) / len(bad))
+
+
+def number(value: object) -> float:
+    """Return a JSON value as a number; infinity for a missing one: a miss counts as infinite."""
+    return float(value) if isinstance(value, int | float) else math.inf
+
+
+def collect(configs: Sequence[RunConfig], store: Store) -> list[Row]:
+    """Return a row for every cell and learning rate whose runs are all finished, in the order of `configs`.
+
+    Args:
+        configs: the runs of an ablation.
+        store: where they are.
+
+    Returns:
+        The rows; within a row the runs are sorted by seed.
+    """
+    groups: dict[tuple[Cell, float | None, str, float], list[RunConfig]] = {}
+    for config in configs:
+        group = (config.cell, config.learning_rate, config.schedule, config.warmup)
+        groups.setdefault(group, []).append(config)
+    rows = []
+    for (cell, rate, *_), members in groups.items():
+        if all(store.has(config.key) for config in members):
+            members = sorted(members, key=lambda config: config.seed)
+            rows.append(Row(cell, rate, tuple(store.load(config.key) for config in members)))
+    return rows
+
+
+def best(rows: Sequence[Row]) -> list[Row]:
+    """Return for each cell the row with the least validation loss; the test is not looked at."""
+    chosen: dict[Cell, Row] = {}
+    for row in rows:
+        rival = chosen.get(row.cell)
+        if rival is None or row.mean("validation_loss") < rival.mean("validation_loss"):
+            chosen[row.cell] = row
+    return list(chosen.values())
+
+
+def target(rows: Sequence[Row], measure: str) -> tuple[float, str]:
+    """Return the target: the median over seeds of the best first-order baseline's final loss, and whose it is.
+
+    Args:
+        rows: one row a cell.
+        measure: ``"train_loss"`` or ``"validation_loss"``: which curve.
+
+    Returns:
+        The target and the cell's label; infinity (everything reaches it) and nothing without a baseline.
+    """
+    finals = {
+        row.cell.label: statistics.median(number(r["curve"].get(measure, [None])[-1]) for r in row.records)
+        for row in rows
+        if baselines.is_first_order(row.cell.name)
+    }
+    if not finals:
+        return math.nan, ""
+    label = min(finals, key=lambda name: finals[name])
+    return finals[label], label
+
+
+def reached(record: Record, measure: str, goal: float, axis: str = "step") -> float:
+    """Return the step (or second) at which a run's curve first is at or below a target; infinity for a miss."""
+    curve = record["curve"]
+    for position, value in zip(curve.get(axis, []), curve.get(measure, []), strict=True):
+        if number(value) <= goal:
+            return float(position)
+    return math.inf
+
+
+def table(rows: Sequence[Row], problem: workload.Workload) -> list[dict[str, str]]:
+    """Return the table as text: one dictionary a cell, with the names in `COLUMNS`.
+
+    Args:
+        rows: one row a cell.
+        problem: the workload, for its metric and the curve that its target is set on.
+
+    Returns:
+        The rows, sorted by validation loss; columns of `COLUMNS` marked with the clock differ between equal runs.
+    """
+    goal, _ = target(rows, problem.target)
+    return [
+        {
+            "cell": row.cell.label,
+            "lr": "default" if row.learning_rate is None else f"{row.learning_rate:g}",
+            "seeds": str(len(row.records)),
+            "train loss": spread(row.values("train_loss")),
+            "validation loss": spread(row.values("validation_loss")),
+            "validation metric": spread(row.values("validation_metric")),
+            "test metric": spread(row.values("test_metric")),
+            "steps to target": _median([reached(r, problem.target, goal) for r in row.records]),
+            "diverged": f"{row.diverged:.0%}",
+            "state bytes": f"{row.values('state_bytes')[0]:.0f}",
+            "ms/step": f"{1e3 * statistics.median(row.values('seconds_per_step')):.2f}",
+            "seconds to target": _median([reached(r, problem.target, goal, "seconds") for r in row.records]),
+        }
+        for row in sorted(rows, key=lambda row: row.mean("validation_loss"))
+    ]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return the mean and the standard deviation over seeds as text.
+
+    >>> spread([1.0, 1.2])
+    '1.1 ± 0.14'
+    """
+    if not all(math.isfinite(value) for value in values):
+        return "-"
+    middle = f"{statistics.fmean(values):.4g}"
+    return middle if len(values) == 1 else f"{middle} ± {statistics.stdev(values):.2g}"
+
+
+def _median(values: Sequence[float]) -> str:
+    middle = statistics.median(values)
+    return f"{middle:.4g}" if math.isfinite(middle) else "-"
+
+
+def markdown(rows: Sequence[dict[str, str]]) -> str:
+    """Return a table as Markdown."""
+    names = [name for name, _ in COLUMNS]
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    lines += ["| " + " | ".join(row[name] for name in names) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def comma_separated(rows: Sequence[dict[str, str]]) -> str:
+    """Return a table as CSV."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, [name for name, _ in COLUMNS], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue()
