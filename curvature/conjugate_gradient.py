@@ -104,10 +104,10 @@ def conjugate_gradient(
         max_iterations = vectors.numel(b)
     if max_iterations < 1:
         raise ValueError(f"max_iterations must be >= 1, got {max_iterations}")
-    product = operator if not hasattr(operator, "matvec") else operator.matvec
+    product: Apply = operator.matvec if isinstance(operator, CurvatureOperator) else operator
 
     def apply(v: Sequence[Tensor]) -> list[Tensor]:
-        return vectors.add(product(v), v, damping)  # type: ignore[operator]
+        return vectors.add(product(v), v, damping)
 
     def precondition(v: list[Tensor]) -> list[Tensor]:
         return v if preconditioner is None else preconditioner(v)

@@ -28,7 +28,7 @@ class LossGraph:
     """
 
     def __init__(self, loss: Tensor, params: Sequence[Tensor], outputs: Any = None) -> None:
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
+        if not isinstance(loss, Tensor) or loss.numel() != 1:  # type: ignore[redundant-expr]
             raise ValueError(f"loss must be a scalar tensor, got {describe(loss)}; reduce it with .mean() or .sum()")
         if not loss.requires_grad:
             raise ValueError("loss must require grad: was it computed under torch.no_grad, or from a frozen model?")
@@ -55,17 +55,21 @@ class LossGraph:
         """∇f, detached, zeros for a parameter that the loss does not reach."""
         return [g.detach() for g in self._grad(self.loss, retain_graph=True)]
 
+    def differentiable_gradient(self) -> list[Tensor]:
+        """∇f with a graph, kept for all products of this loss."""
+        if self._differentiable_gradient is None:
+            with explain_missing_derivative():
+                self._differentiable_gradient = self._grad(self.loss, create_graph=True)
+                refuse_cut_graph(self._differentiable_gradient)
+        return self._differentiable_gradient
+
     def hvp(self, v: Sequence[Tensor]) -> list[Tensor]:
         """H v, reverse over reverse: about two gradients a product, after one for the first.
 
         Raises:
             RuntimeError: where the model has no double backward; the message names the remedy.
         """
-        if self._differentiable_gradient is None:
-            with explain_missing_derivative():
-                self._differentiable_gradient = self._grad(self.loss, create_graph=True)
-                refuse_cut_graph(self._differentiable_gradient)
-        pairs = [(g, x) for g, x in zip(self._differentiable_gradient, v, strict=True) if g.requires_grad]
+        pairs = [(g, x) for g, x in zip(self.differentiable_gradient(), v, strict=True) if g.requires_grad]
         if not pairs:  # a loss that is linear in θ
             return [torch.zeros_like(p) for p in self.params]
         with explain_missing_derivative():

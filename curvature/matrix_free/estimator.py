@@ -24,12 +24,12 @@ class MatrixFreeEstimator(Estimator):
     keeps_graph = True
 
     def init(self, params: Sequence[Tensor]) -> State:
-        """Nothing is remembered from step to step; expanded scalars stand for the shapes."""
-        return {"shape": [p.detach().new_empty(()).expand(p.shape) for p in params]}
+        """Nothing: no memory, and nothing to save."""
+        return {}
 
     def update(self, state: State, seen: Observation) -> None:
-        """Keep this step's graphs until its end."""
-        state[TRANSIENT] = self.loop_product(seen)
+        """Keep this step's products until its end."""
+        state[TRANSIENT] = MatrixFreeOperator(self.loop_product(seen), seen.parameters)
 
     def operator(self, state: State) -> MatrixFreeOperator:
         """Σ over this step's losses.
@@ -37,14 +37,14 @@ class MatrixFreeEstimator(Estimator):
         Raises:
             RuntimeError: outside a step, where there is no loss to multiply with.
         """
-        product = state.get(TRANSIENT)
-        if product is None:
+        held = state.get(TRANSIENT)
+        if held is None:
             name = type(self).__name__
             raise RuntimeError(
                 f"{name} has products only while a step is computed: call optimizer.backward(loss) in that step, or "
                 f"use curvature.estimate({name}(), model, loss_fn, batches)"
             )
-        return MatrixFreeOperator(cast(HessianProduct, product), cast("list[Tensor]", state["shape"]))
+        return cast(MatrixFreeOperator, held)
 
     def estimate(self, problem: Problem) -> MatrixFreeOperator:
         """The operator of all batches of ``problem`` at its present θ, which it keeps."""

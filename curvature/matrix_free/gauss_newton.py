@@ -147,7 +147,8 @@ def difference_jvp(snapshot: Snapshot, batch: tuple[Any, Any], v: Sequence[Tenso
         return output_tensor(snapshot.within(moved, lambda: snapshot.evaluate(batch))[1]).detach()
 
     ahead, behind = outputs_at(vectors.scale(v, step)), outputs_at(vectors.scale(v, -step))
-    return (ahead - behind) * (0.5 / step).to(ahead.device, ahead.dtype)
+    (difference,) = vectors.scale([ahead - behind], 0.5 / step)
+    return difference
 
 
 def refuse_other_paths(snapshot: Snapshot) -> None:

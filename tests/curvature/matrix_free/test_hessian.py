@@ -222,6 +222,26 @@ def test_attention_multiplies_by_its_math_kernel(mode: str) -> None:
     assert dense.relative_error(B.to_dense(), expected) < 1e-12
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_checkpointed_activations_are_run_again_at_the_observed_parameters(mode: str) -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.utils.checkpoint.checkpoint(self.inner[:2], x, use_reentrant=False)
+            return self.inner[2](h)
+
+    model, loss_fn, x, y = case = cases.classification()
+    expected = reference(case)
+    B = estimate(Hessian(hvp=mode), Checkpointed(model), loss_fn, [(x, y)])  # type: ignore[arg-type]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    assert dense.relative_error(B.to_dense(), expected) < MODES[mode]
+
+
 def test_unused_parameter_has_a_zero_block() -> None:
     model, loss_fn, x, y = cases.classification()
     model.register_parameter("unused", nn.Parameter(torch.ones(2, dtype=torch.float64)))
@@ -241,7 +261,7 @@ def test_losses_of_several_backward_calls_add_up() -> None:
     graphs = [LossGraph(share * loss_fn(model(a), b), params) for a, b, share in parts]
     estimator = Hessian()
     state = estimator.init(params)
-    estimator.update(state, Observation(gradient=[torch.zeros_like(p) for p in params], graphs=graphs))
+    estimator.update(state, Observation(gradient=[None] * len(params), graphs=graphs, parameters=params))
     assert dense.relative_error(estimator.operator(state).to_dense(), reference(case)) < 1e-12
 
 
