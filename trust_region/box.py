@@ -89,5 +89,7 @@ class Box(Shape):
         """-Δ sign(g)."""
         signs = [torch.sign(g) for g in gradient]
         radii = each(radius, gradient)
-        finite = [torch.where(torch.isfinite(r), r, vectors.norm([g])) for r, g in zip(radii, gradient, strict=True)]
+        finite = [
+            torch.where(torch.isfinite(r), r, vectors.norm([g])) for r, g in zip(radii, gradient, strict=True)
+        ]
         return [-r * s for r, s in zip(finite, signs, strict=True)]

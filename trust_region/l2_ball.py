@@ -62,10 +62,7 @@ class L2Ball(Shape):
         if self.scope == "global":
             step, found = _exact(gradient, diagonal, radii[0], damping)
             return _solution(step, [found])
-        pieces = [
-            _exact([g], [h], r, damping)
-            for g, h, r in zip(gradient, diagonal, radii, strict=True)
-        ]
+        pieces = [_exact([g], [h], r, damping) for g, h, r in zip(gradient, diagonal, radii, strict=True)]
         return _solution([p for piece, _ in pieces for p in piece], [found for _, found in pieces])
 
     def project(

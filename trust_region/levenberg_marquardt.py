@@ -97,7 +97,9 @@ class LevenbergMarquardt(Policy):
             raise ValueError(f"rounding must be >= 0, got {self.rounding}")
         check_evaluate(self.evaluate)
         if self.rule == "classical" and self.evaluate == "lagged":
-            raise ValueError("rule='classical' takes poor steps back and needs evaluate='trial'; use rule='martens'")
+            raise ValueError(
+                "rule='classical' takes poor steps back and needs evaluate='trial'; use rule='martens'"
+            )
 
     @property
     def lagged(self) -> bool:  # type: ignore[override]
@@ -119,7 +121,11 @@ class LevenbergMarquardt(Policy):
         return {**state, **memory(params)} if self.lagged else state
 
     def judge(
-        self, state: State, proposal: Proposal, actual_reduction: Tensor, trial_gradient_norm: Tensor | None = None
+        self,
+        state: State,
+        proposal: Proposal,
+        actual_reduction: Tensor,
+        trial_gradient_norm: Tensor | None = None,
     ) -> Verdict:
         """Martens & Grosse, section 6.5, or the classical rule."""
         damping, steps = cast(Tensor, state["damping"]), cast(Tensor, state["policy_steps"])

@@ -61,7 +61,9 @@ def choose(condition: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> list[
 def cauchy_fraction(slope: Tensor, bend: Tensor) -> Tensor:
     """The best t in [0, 1] along a descent direction s with slope = gᵀs < 0 and bend = sᵀ(B+λI)s."""
     positive = bend > 0
-    t = torch.where(positive, -slope / torch.where(positive, bend, torch.ones_like(bend)), torch.ones_like(bend))
+    t = torch.where(
+        positive, -slope / torch.where(positive, bend, torch.ones_like(bend)), torch.ones_like(bend)
+    )
     return torch.where(slope < 0, t.clamp(0.0, 1.0), torch.zeros_like(t))
 
 
@@ -115,7 +117,9 @@ def solve_then_project(
 def scaling(norm: Tensor, radius: Tensor) -> Tensor:
     """min(1, Δ/‖p‖) without dividing by zero."""
     inside = norm <= radius
-    return torch.where(inside, torch.ones_like(norm), radius / torch.where(inside, torch.ones_like(norm), norm))
+    return torch.where(
+        inside, torch.ones_like(norm), radius / torch.where(inside, torch.ones_like(norm), norm)
+    )
 
 
 def check_radius_bounds(name: str, value: float, upper: float = math.inf) -> None:

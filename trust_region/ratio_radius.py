@@ -98,7 +98,11 @@ class RatioRadius(Policy):
         return {**state, **memory(params)} if self.lagged else state
 
     def judge(
-        self, state: State, proposal: Proposal, actual_reduction: Tensor, trial_gradient_norm: Tensor | None = None
+        self,
+        state: State,
+        proposal: Proposal,
+        actual_reduction: Tensor,
+        trial_gradient_norm: Tensor | None = None,
     ) -> Verdict:
         """Nocedal & Wright, algorithm 4.1."""
         radius = cast(Tensor, state["radius"])

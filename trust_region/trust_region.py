@@ -28,6 +28,7 @@ class TrustRegion:
     Raises:
         ValueError: for a solver that works in the Euclidean ball only, given another region.
 
+    >>> import torch
     >>> from trust_region import FixedRadius, L2Ball
     >>> from curvature import DiagonalOperator
     >>> trust = TrustRegion(region=L2Ball(), radius=FixedRadius(0.5))
@@ -48,6 +49,13 @@ class TrustRegion:
             raise ValueError(
                 f"{type(self.subproblem).__name__} finds steps inside {names} only, got {type(self.region).__name__}"
             )
+        weight = "sigma" if getattr(self.subproblem, "weight", None) == "sigma" else None
+        adapts_sigma = "sigma" in getattr(self.radius, "adapts", ())
+        if weight == "sigma" and not adapts_sigma:
+            name = type(self.subproblem).__name__
+            raise ValueError(f"{name} needs a policy that adapts σ: use AdaptiveCubic, got {self.radius}")
+        if adapts_sigma and weight != "sigma":
+            raise ValueError(f"{type(self.radius).__name__} adapts σ: use it with CubicModel, got {self.subproblem}")
         mine, theirs = getattr(self.region, "scope", None), getattr(self.radius, "scope", None)
         if theirs == "tensor" and mine != "tensor":
             raise ValueError('a radius a tensor (scope="tensor") needs a region with scope="tensor"')
@@ -91,6 +99,9 @@ class TrustRegion:
             the step, its predicted reduction (> 0, or 0 where g = 0), its norm, whether the boundary was hit.
         """
         context = context if context is not None else StepContext()
+        prepare = getattr(self.radius, "prepare", None)
+        if prepare is not None:  # a lagged policy that moves the radius before the step, not after it
+            prepare(state, context)
         radius = cast(
             "Tensor | list[Tensor]", state.get("radius", vectors.scalar_like(gradient, float("inf")))
         )
