@@ -55,8 +55,9 @@ class Registry(Generic[T]):
         self._loaded = False
 
     def add(self, name: str, factory: T) -> None:
-        """Add an entry; a name that is taken is refused."""
-        if name in self._entries:
+        """Add an entry; a name that is taken is refused, but a module that is loaded again replaces its own."""
+        held = self._entries.get(name)
+        if held is not None and _identity(held) != _identity(factory):
             raise ValueError(f"{self.kind} name {name!r} is already taken by {self._entries[name]!r}")
         self._entries[name] = factory
 
@@ -85,6 +86,10 @@ class Registry(Generic[T]):
     def names(self) -> list[str]:
         """All names, sorted."""
         return list(self)
+
+
+def _identity(factory: Callable[..., Any]) -> tuple[Any, Any]:
+    return getattr(factory, "__module__", factory), getattr(factory, "__qualname__", factory)
 
 
 estimators: Registry[Callable[..., Any]] = Registry("curvature", "soaa.curvature")
