@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,11 +42,15 @@ def main() -> None:
     except AblationError as error:
         errors.print(f"[bold red]error:[/] {_escaped(error)}", highlight=False, soft_wrap=True)
         sys.exit(2)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    try:
+        yield
     except KeyboardInterrupt:
         errors.print("interrupted: finished runs are on disk, the same command continues", highlight=False)
-        # no clean-up of threads that a run may still hold: every result is on disk already
-        sys.stderr.flush()
-        os._exit(130)
+        raise typer.Exit(130) from None
 
 
 def _escaped(message: object) -> str:
@@ -139,7 +144,7 @@ def _run(ablation: Any, out: Path) -> None:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=errors, transient=True) as progress:
+    with _interruptible(), Progress(*columns, console=errors, transient=True) as progress:
         task = progress.add_task("checking", total=None)
         done: dict[str, int] = {}
 

@@ -172,7 +172,8 @@ def read_idx(path: Path) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
             content = stream.read()
     except (OSError, EOFError, zlib.error) as error:
         raise AblationError(f"data file {path} cannot be read: {error}") from error
-    dimensions = content[3] if len(content) >= 4 and content[:3] == b"\0\0\x08" else 0
+    dimensions = content[3] if content[:3] == b"\0\0\x08" and len(content) > 3 else 0
+    dimensions = dimensions if len(content) >= 4 + 4 * dimensions else 0
     shape = tuple(int(n) for n in np.frombuffer(content, ">u4", dimensions, 4)) if dimensions else ()
     if not shape or len(content) != 4 + 4 * dimensions + int(np.prod(shape)):
         raise AblationError(f"data file {path} is not an idx file of unsigned bytes, or it is cut off")

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from optimizers.ablation import Ablation, AblationError, Cell, RunConfig, read_config
+
+GOOD = """
+workload = "digits"
+optimizers = ["torch-sgd", "torch-adamw:weight_decay=0.1"]
+learning_rates = [1, 0.1]
+seeds = [3, 5]
+steps = 7
+
+[[cells]]
+title = "plain"
+optimizer = "torch-sgd"
+options = {momentum = 0.0}
+"""
+
+
+def _write(folder: Path, text: str) -> Path:
+    path = folder / "ablation.toml"
+    path.write_text(text)
+    return path
+
+
+def test_file_is_read_and_overridden(tmp_path: Path) -> None:
+    ablation = read_config(_write(tmp_path, GOOD), {"steps": 9})
+    assert ablation.steps == 9
+    assert ablation.learning_rates == (1.0, 0.1)
+    assert [cell.label for cell in ablation.all_cells()] == [*ablation.optimizers, "plain"]
+    assert ablation.cells[0].options == (("momentum", 0.0),)
+    assert len(ablation.runs()) == 3 * 2 * 2
+
+
+@pytest.mark.parametrize(
+    ("line", "bad", "number", "words"),
+    [
+        ("steps = 7", 'steps = "7"', 6, ["steps", "whole number", "'7'"]),
+        ("steps = 7", "steps = true", 6, ["steps", "whole number"]),
+        ("steps = 7", "steps = 0", 6, ["steps", ">= 1", "0"]),
+        ("steps = 7", "stpes = 7", 6, ["stpes", "'steps'"]),
+        ("learning_rates = [1, 0.1]", "learning_rates = [1, -0.1]", 4, ["learning_rates", "> 0", "-0.1"]),
+        ("learning_rates = [1, 0.1]", "learning_rates = 0.1", 4, ["learning_rates", "list"]),
+        ('optimizer = "torch-sgd"', 'optimiser = "torch-sgd"', 10, ["optimiser", "'optimizer'"]),
+        ("options = {momentum = 0.0}", "options = {momentum = {}}", 9, ["option must be"]),
+        ("options = {momentum = 0.0}", "options = 3", 11, ["options", "table"]),
+        ("seeds = [3, 5]", "seeds = [3, 3]", 5, ["seeds", "different"]),
+        ("seeds = [3, 5]", "seeds = [3, 5", 6, ["not TOML"]),
+    ],
+)
+def test_bad_configuration_names_line_and_key(
+    tmp_path: Path, line: str, bad: str, number: int, words: list[str]
+) -> None:
+    assert line in GOOD
+    with pytest.raises(AblationError) as caught:
+        read_config(_write(tmp_path, GOOD.replace(line, bad)))
+    message = str(caught.value)
+    assert f"line {number}" in message
+    assert all(word in message for word in words), message
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(AblationError, match="absent.toml"):
+        read_config(tmp_path / "absent.toml")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("steps", 0),
+        ("workers", 0),
+        ("threads", -1),
+        ("evaluations", 0),
+        ("batch_size", 0),
+        ("seeds", 0),
+        ("seeds", (1, 1)),
+        ("seeds", (-1,)),
+        ("learning_rates", (0.0,)),
+        ("learning_rates", (float("nan"),)),
+        ("warmup", 1.0),
+        ("schedule", "cosin"),
+        ("dtype", "float33"),
+        ("curvature", ("kfac",)),
+    ],
+)
+def test_value_out_of_range_is_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(AblationError, match=field):
+        Ablation(**{field: value})
+
+
+def _run(**changes: object) -> RunConfig:
+    fields = dict(workload="digits", cell=Cell("torch-sgd"), learning_rate=0.1, seed=0, steps=5, batch_size=8)
+    return RunConfig(**{**fields, **changes})
+
+
+def test_key_follows_everything_that_changes_numbers_and_no_title() -> None:
+    changes = [
+        {"workload": "fashion-mnist"}, {"cell": Cell("torch-adamw")}, {"learning_rate": 0.2}, {"seed": 1},
+        {"steps": 6}, {"batch_size": 9}, {"schedule": "cosine"}, {"warmup": 0.5}, {"evaluations": 3},
+        {"threads": 2}, {"device": "cuda"}, {"dtype": "float64"}, {"read_test": False}, {"replay": "abc"},
+        {"cell": Cell("torch-sgd", options=(("momentum", 0.5),))},
+    ]  # fmt: skip
+    keys = {_run(**change).key for change in changes}
+    assert len(keys | {_run().key}) == len(changes) + 1
+    assert _run(cell=Cell("torch-sgd", title="other")).key == _run().key
+    assert RunConfig.from_dict(_run().as_dict()) == _run()
+
+
+def test_order_alternates_over_seeds_so_that_drift_hits_all_cells() -> None:
+    ablation = Ablation(optimizers=("torch-sgd", "torch-adamw"), learning_rates=(0.1,), seeds=2)
+    order = [(run.cell.name, run.seed) for run in ablation.runs()]
+    assert order == [("torch-sgd", 0), ("torch-adamw", 0), ("torch-adamw", 1), ("torch-sgd", 1)]
+
+
+def test_two_cells_of_one_title_are_refused() -> None:
+    cells = (Cell("torch-sgd", title="x"), Cell("torch-adamw", title="x"))
+    with pytest.raises(AblationError, match="titles"):
+        Ablation(cells=cells).all_cells()
