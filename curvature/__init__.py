@@ -3,10 +3,11 @@
 from curvature.conjugate_gradient import ConjugateGradientResult, Outcome, conjugate_gradient
 from curvature.empirical_fisher import EmpiricalFisherDiagonal
 from curvature.estimate import estimate
+from curvature.gradient_variance import GradientVariance, RankOneCorrectedDiagonal
 from curvature.hutchinson import HutchinsonDiagonal
 from curvature.identity import Identity
-from curvature.krylov_solve import ConvergenceError
 from curvature.kronecker import KFAC
+from curvature.krylov_solve import ConvergenceError
 from curvature.loss_graph import LossGraph
 from curvature.matrix_free import GaussNewton, Hessian, MatrixFreeOperator
 from curvature.operators import DiagonalOperator, IdentityOperator, Operator
@@ -23,8 +24,10 @@ from curvature.protocols import (
     Statistics,
 )
 from curvature.registry import Registry, UnknownNameError, estimators
+from curvature.scipy_export import to_scipy
 
 __all__ = [
+    "KFAC",
     "TRANSIENT",
     "ConjugateGradientResult",
     "ConvergenceError",
@@ -34,11 +37,11 @@ __all__ = [
     "EmpiricalFisherDiagonal",
     "Estimator",
     "GaussNewton",
+    "GradientVariance",
     "Hessian",
     "HutchinsonDiagonal",
     "Identity",
     "IdentityOperator",
-    "KFAC",
     "LossGraph",
     "MatrixFreeOperator",
     "Needs",
@@ -46,6 +49,7 @@ __all__ = [
     "Operator",
     "Outcome",
     "Problem",
+    "RankOneCorrectedDiagonal",
     "Registry",
     "SingularCurvatureError",
     "State",
@@ -54,4 +58,5 @@ __all__ = [
     "conjugate_gradient",
     "estimate",
     "estimators",
+    "to_scipy",
 ]

@@ -1,7 +1,7 @@
 """Curvature and trust regions composed into ``torch.optim`` optimizers."""
 
 from optimizers.momentum import HeavyBall, Momentum, PlainMean, RunningMean
-from optimizers.presets import SOAA, AdamW
+from optimizers.presets import SOAA, AdamW, Tadam
 from optimizers.registry import available
 from optimizers.second_order import SecondOrder
 from optimizers.step_info import StepInfo
@@ -17,6 +17,7 @@ __all__ = [
     "RunningMean",
     "SecondOrder",
     "StepInfo",
+    "Tadam",
     "available",
     "build",
 ]

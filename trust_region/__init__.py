@@ -30,6 +30,7 @@ from trust_region.rms_box import RmsBox
 from trust_region.soaa_radius import SOAARadius
 from trust_region.spectral_ball import SpectralBall
 from trust_region.steihaug_cg import SteihaugCG
+from trust_region.tadam_radius import TadamRadius
 from trust_region.trust_region import TrustRegion
 from trust_region.unbounded import Shape, Unbounded
 
@@ -62,6 +63,7 @@ __all__ = [
     "SteihaugCG",
     "StepContext",
     "Subproblem",
+    "TadamRadius",
     "TrustRegion",
     "Unbounded",
     "Verdict",

@@ -2,5 +2,6 @@
 
 from optimizers.presets.adamw import AdamW
 from optimizers.presets.soaa import SOAA
+from optimizers.presets.tadam import Tadam
 
-__all__ = ["SOAA", "AdamW"]
+__all__ = ["SOAA", "AdamW", "Tadam"]
