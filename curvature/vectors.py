@@ -6,12 +6,65 @@ the host. Parameters may lie on several devices and have several dtypes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 Vector = Sequence[Tensor]
+
+Reduction = Callable[[Tensor, Literal["sum", "max"]], Tensor]
+"""(values, how) ↦ the values combined over all processes that hold a part of every tensor."""
+
+_over_shards: Reduction | None = None
+
+
+@contextmanager
+def sharded(reduction: Reduction) -> Iterator[None]:
+    """Inside, every tensor is this process's shard of a larger one, and sums over elements go over all shards.
+
+    So a dot product, a norm or a count is the same number on every process, and code that forms its sums by
+    :func:`dots`, :func:`norm`, :func:`completed` and :func:`numel` need not know of shards at all.
+
+    Args:
+        reduction: combines a tensor of partial results over the processes.
+
+    >>> with sharded(lambda x, how: 2 * x):  # as if another process held the same shard
+    ...     dot([torch.ones(2)], [torch.ones(2)])
+    tensor(4.)
+    """
+    global _over_shards
+    before, _over_shards = _over_shards, reduction
+    try:
+        yield
+    finally:
+        _over_shards = before
+
+
+def completed(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Sums over the elements that are here, each 0-d, turned into sums over all elements.
+
+    On a process that holds whole tensors this returns what it was given.
+    """
+    if _over_shards is None or not parts:
+        return list(parts)
+    first, dtype = parts[0], parts[0].dtype
+    for x in parts:
+        dtype = torch.promote_types(dtype, x.dtype)
+    joined = _over_shards(torch.stack([x.to(first.device, dtype) for x in parts]), "sum")
+    return [y.to(x.device, x.dtype) for x, y in zip(parts, joined.unbind(), strict=True)]
+
+
+def fraction(count: Tensor, v: Vector) -> Tensor:
+    """count / (the number of elements), both over all tensors and shards, as a 0-d tensor."""
+    dtype = compute_dtype(v[0].dtype)
+    size = sum(x.numel() for x in v)
+    if _over_shards is None:
+        return count.to(dtype) / max(size, 1)
+    whole, total_size = completed([count.to(torch.float64), torch.full_like(count, size, dtype=torch.float64)])
+    return (whole / total_size.clamp(min=1.0)).to(dtype)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -35,8 +88,11 @@ def zeros_like(params: Vector) -> list[Tensor]:
 
 
 def numel(v: Vector) -> int:
-    """The number of elements over all tensors."""
-    return sum(x.numel() for x in v)
+    """The number of elements over all tensors, and all shards."""
+    here = sum(x.numel() for x in v)
+    if _over_shards is None or not v:
+        return here
+    return int(_over_shards(torch.tensor(here, device=v[0].device), "sum"))
 
 
 def total(parts: Sequence[Tensor]) -> Tensor:
@@ -54,7 +110,7 @@ def total(parts: Sequence[Tensor]) -> Tensor:
 
 def dots(a: Vector, b: Vector) -> list[Tensor]:
     """⟨a_i, b_i⟩ for every tensor, each a 0-d tensor."""
-    return [torch.dot(x.reshape(-1), y.reshape(-1)) for x, y in zip(a, b, strict=True)]
+    return completed([torch.dot(x.reshape(-1), y.reshape(-1)) for x, y in zip(a, b, strict=True)])
 
 
 def dot(a: Vector, b: Vector) -> Tensor:
@@ -73,11 +129,15 @@ def norm(v: Vector) -> Tensor:
     tensor(5.)
     """
     parts: list[Tensor] = [torch.linalg.vector_norm(x) for x in v]
-    if len(parts) == 1:
-        return parts[0]
     first = parts[0]
-    joined: Tensor = torch.linalg.vector_norm(torch.stack([x.to(first.device, first.dtype) for x in parts]))
-    return joined
+    joined = first
+    if len(parts) > 1:
+        joined = torch.linalg.vector_norm(torch.stack([x.to(first.device, first.dtype) for x in parts]))
+    if _over_shards is None:
+        return joined
+    largest = _over_shards(joined.clone(), "max")
+    scaled = joined / torch.where(largest > 0, largest, 1.0)
+    return largest * _over_shards(scaled.square(), "sum").sqrt()
 
 
 def on(device: torch.device, *scalars: Tensor) -> list[Tensor]:

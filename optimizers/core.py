@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from curvature.protocols import CurvatureEstimator, Observation, State
+from optimizers.distributed import ALONE, Ranks, over_ranks
 from optimizers.momentum import Momentum
 from trust_region import Proposal, StepContext, TrustRegion, Verdict
 
@@ -25,11 +26,13 @@ class Composition:
         curvature: what curvature.
         trust_region: what region, and how its radius adapts.
         momentum: how the gradient is averaged; ``None`` takes it as it is.
+        ranks: the processes that share the step.
     """
 
     curvature: CurvatureEstimator
     trust_region: TrustRegion
     momentum: Momentum | None
+    ranks: Ranks = ALONE
 
 
 def averaged_gradient(
@@ -73,6 +76,8 @@ def propose(
     """Refresh the curvature with what was seen, and propose a step."""
     composition.curvature.update(curvature_state, seen)
     operator = composition.curvature.operator(curvature_state)
+    if seen.graphs:  # products go through this rank's graph, and B is the mean over ranks
+        operator = over_ranks(operator, seen.parameters, composition.ranks)
     context = StepContext(lr=lr, params=seen.parameters, raw_gradient=seen.gradient, loss=seen.loss)
     return composition.trust_region.propose(region_state, averaged, operator, context)
 

@@ -21,6 +21,7 @@ class Pending:
         graphs: their graphs, where the estimator takes products during the step.
         backwards: how many there were.
         measured: how many of them the estimator measured.
+        knows_scale: whether the last backward call was given the GradScaler, so that its loss is not scaled.
     """
 
     loss: Tensor | None = None
@@ -28,6 +29,7 @@ class Pending:
     graphs: list[LossGraph] = field(default_factory=list)
     backwards: int = 0
     measured: int = 0
+    knows_scale: bool = False
 
     def add_loss(self, loss: Tensor) -> None:
         """Losses of several backward calls add up; the user divides by their number, as for gradients."""
@@ -49,3 +51,4 @@ class Pending:
         self.graphs = []
         self.backwards = 0
         self.measured = 0
+        self.knows_scale = False

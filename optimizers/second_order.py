@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -14,11 +14,18 @@ from curvature import vectors
 from curvature.identity import Identity
 from curvature.loss_graph import LossGraph
 from curvature.protocols import TRANSIENT, CurvatureEstimator, Needs, Observation, State
-from optimizers import core, state_layout, trial
+from optimizers import checkpoint, core, state_layout, trial
+from optimizers.checks import check_group, check_unmoved, signal_names
+from optimizers.distributed import Ranks, check_shardable, find_ranks
 from optimizers.momentum import Momentum, RunningMean
 from optimizers.pending import Pending
+from optimizers.scaling import GradScale
+from optimizers.sharding import local, stored
 from optimizers.step_info import StepInfo
 from trust_region import Proposal, TrustRegion, Verdict
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class SecondOrder(torch.optim.Optimizer):
@@ -35,6 +42,8 @@ class SecondOrder(torch.optim.Optimizer):
         maximize: climb in place of descending; for curvature that needs only gradients.
         compile: ``True`` compiles the step where only gradients are needed; ``False`` runs it as foreach calls;
             ``"auto"`` compiles on an accelerator.
+        process_group: the data-parallel ranks over which losses and statistics are averaged: ``"auto"`` is the default
+            group where ``torch.distributed`` is initialised, ``None`` nobody. Sharded parameters know theirs.
 
     Raises:
         ValueError: for arguments out of range, or parts that do not fit together.
@@ -65,11 +74,13 @@ class SecondOrder(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         maximize: bool = False,
         compile: bool | Literal["auto"] = "auto",  # noqa: A002
+        process_group: ProcessGroup | Literal["auto"] | None = "auto",
     ) -> None:
         self.curvature: CurvatureEstimator = Identity() if curvature is None else curvature
         self.trust_region = TrustRegion() if trust_region is None else trust_region
         self.momentum: Momentum = RunningMean(momentum) if isinstance(momentum, (int, float)) else momentum
         self.compile = compile
+        self.process_group = process_group
         self.needs: Needs = self.curvature.needs | self.trust_region.needs
         self._set_transients()
         self._curvature_state: State = {}
@@ -81,6 +92,9 @@ class SecondOrder(torch.optim.Optimizer):
             "maximize": maximize,
         }
         super().__init__(params, defaults)
+
+    #: A GradScaler then always calls ``step``, with ``found_inf`` and ``grad_scale`` set: a skipped step is seen.
+    _step_supports_amp_scaling = True
 
     def _set_transients(self) -> None:
         self._pending = Pending()
@@ -96,6 +110,11 @@ class SecondOrder(torch.optim.Optimizer):
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
+    @property
+    def _shards(self) -> list[Tensor]:
+        """What this process holds of every parameter: the parameter itself, unless it is sharded."""
+        return [local(p) for p in self._params]
+
     def _per_parameter(self, name: str) -> list[Any]:
         return [group[name] for group in self.param_groups for _ in group["params"]]
 
@@ -108,19 +127,25 @@ class SecondOrder(torch.optim.Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
-        params = self._params
-        for p in params[kept:]:
+        params, shards = self._params, self._shards
+        try:
+            check_shardable(find_ranks(params, None), self.curvature, self.trust_region)
+        except Exception:
+            self.param_groups.pop()
+            raise
+        for p, shard in zip(params[kept:], shards[kept:], strict=True):
             entries = self.state[p]
-            entries["step"] = vectors.scalar_like([p])
+            entries["step"] = vectors.scalar_like([shard])
             if self.param_groups[-1]["momentum"] != 0.0:
-                entries["momentum"] = vectors.zeros_like([p])[0]
+                entries["momentum"] = stored(p, vectors.zeros_like([shard])[0])
             if getattr(self.curvature, "tracks_steps", False):
-                entries["step_change"] = vectors.zeros_like([p])[0]
+                entries["step_change"] = stored(p, vectors.zeros_like([shard])[0])
         first = self.state[params[0]]
-        first.setdefault("skipped_steps", vectors.scalar_like(params))
-        curvature, region = self.curvature.init(params), self.trust_region.init(params, self.curvature)
+        first.setdefault("skipped_steps", vectors.scalar_like(shards))
+        curvature, region = self.curvature.init(shards), self.trust_region.init(shards, self.curvature)
         self._curvature_state = state_layout.extend(self._curvature_state, curvature, kept)
         self._region_state = state_layout.extend(self._region_state, region, kept)
+        self._built_for = [(p.dtype, p.device) for p in params]
         self._scatter()
 
     def _scatter(self) -> None:
@@ -136,8 +161,10 @@ class SecondOrder(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """The three choices travel with the state, so that deepcopy and pickle keep them."""
         held: dict[str, Any] = super().__getstate__()
-        for name in ("curvature", "trust_region", "momentum", "compile", "needs"):
+        for name in ("curvature", "trust_region", "momentum", "compile", "needs", "_built_for"):
             held[name] = getattr(self, name)
+        # A process group belongs to its process; the copy finds its own.
+        held["process_group"] = self.process_group if self.process_group in ("auto", None) else "auto"
         held["_curvature_state"] = {k: v for k, v in self._curvature_state.items() if k != TRANSIENT}
         held["_region_state"] = {k: v for k, v in self._region_state.items() if k != TRANSIENT}
         return held
@@ -162,25 +189,17 @@ class SecondOrder(torch.optim.Optimizer):
         Raises:
             ValueError: where groups, entries or shapes do not fit.
         """
-        groups, saved = state_dict["param_groups"], state_dict["state"]
-        theirs, ours = [len(g["params"]) for g in groups], [len(g["params"]) for g in self.param_groups]
-        if theirs != ours:
-            raise ValueError(f"loaded state dict has groups of {theirs} parameters, this optimizer of {ours}")
-        ids = [i for group in groups for i in group["params"]]
-        params = self._params
-        fresh: dict[Tensor, dict[str, Any]] = {}
-        for i, p in zip(ids, params, strict=True):
-            loaded = dict(saved.get(i, {}))
-            expected = dict(self.state[p])
-            if "momentum" in loaded and "momentum" not in expected:
-                expected["momentum"] = vectors.zeros_like([p])[0]
-            state_layout.check_matches(expected, loaded, f"parameter {i}")
-            fresh[p] = {name: state_layout.restored(value, loaded[name]) for name, value in expected.items()}
-        super().load_state_dict({**state_dict, "state": {}})
-        for p, entries in fresh.items():
-            self.state[p] = entries
+        state_dict = state_dict.copy() if isinstance(state_dict, dict) else state_dict
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = before(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        groups, entries = checkpoint.checked(self, state_dict)
+        self.param_groups = groups
+        self.state.update(entries)
         self._regather()
         self._pending.discard()
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def state_bytes(self) -> int:
         """Bytes that this optimizer keeps beside parameters and gradients."""
@@ -195,7 +214,14 @@ class SecondOrder(torch.optim.Optimizer):
         self._pending.discard()
         super().zero_grad(set_to_none)
 
-    def backward(self, loss: Tensor, outputs: Any = None, retain_graph: bool = False) -> None:
+    def backward(
+        self,
+        loss: Tensor,
+        outputs: Any = None,
+        retain_graph: bool = False,
+        *,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
         """Accumulate the gradient into ``.grad``, and whatever else the curvature needs from this loss.
 
         Where only gradients are needed this is ``loss.backward()``. Several calls before a step add up. Inside a trial
@@ -206,6 +232,7 @@ class SecondOrder(torch.optim.Optimizer):
             outputs: the model's outputs from which the loss was computed; needed by Gauss-Newton and sampled-label
                 curvature (``optimizer.needs.outputs``).
             retain_graph: keep the graph alive, as in ``loss.backward``.
+            scaler: scales the loss for the gradients; curvature and radius see the loss as it is.
         """
         if self._in_trial:
             if self._trial_needs_gradient:
@@ -224,8 +251,10 @@ class SecondOrder(torch.optim.Optimizer):
                 retain_graph = True
             else:
                 graph.release()
-        loss.backward(retain_graph=retain_graph)
+        scaled = loss if scaler is None else scaler.scale(loss)
+        scaled.backward(retain_graph=retain_graph)
         self._pending.add_loss(loss)
+        self._pending.knows_scale = scaler is not None
 
     def _due(self) -> bool:
         due = getattr(self.curvature, "due", None)
@@ -246,7 +275,10 @@ class SecondOrder(torch.optim.Optimizer):
         Raises:
             RuntimeError: where a signal that the composition needs is missing; the message names the remedy.
         """
-        params = self._params
+        params = self._shards
+        check_unmoved(self._params, self._built_for)
+        scale = GradScale.of(self)
+        scale.check(self.needs, self._pending, closure, loss)
         returned = None
         before: trial.RandomState = []
         if closure is not None:
@@ -263,7 +295,7 @@ class SecondOrder(torch.optim.Optimizer):
             )
         value = trial.loss_tensor(loss, params)
         try:
-            self._step(closure, self._pending.loss if value is None else value, before)
+            self._step(closure, self._pending.loss if value is None else value, before, scale)
         finally:
             self._pending.discard()
             self._curvature_state.pop(TRANSIENT, None)
@@ -271,35 +303,55 @@ class SecondOrder(torch.optim.Optimizer):
         return returned
 
     def _step(
-        self, closure: Callable[[], Any] | None, loss: Tensor | None, before: trial.RandomState
+        self,
+        closure: Callable[[], Any] | None,
+        loss: Tensor | None,
+        before: trial.RandomState,
+        scale: GradScale,
     ) -> None:
-        params = self._params
-        gradient = self._gradient(params)
+        params = self._shards
+        gradient = scale.unscaled(self._gradient())
         if all(g is None for g in gradient):
             return
         self._check_signals(loss)
+        ranks = find_ranks(self._params, self.process_group)
         if loss is not None:
             loss = loss.to(params[0].device)
-        if not bool(vectors.all_finite([g for g in gradient if g is not None])) or (
-            closure is not None and self.needs.trial and not _is_finite(loss)
-        ):
+        finite = scale.finite(vectors.all_finite([g for g in gradient if g is not None])).to(params[0].device)
+        loss, finite = ranks.agree(loss, finite)
+        if not bool(finite) or (closure is not None and self.needs.trial and not _is_finite(loss)):
             self._skip(loss)
             return
-        composition = core.Composition(self.curvature, self.trust_region, self.momentum)
+        ranks.mean_statistics_(self._pending.statistics)
+        with ranks.whole():
+            self._move(closure, gradient, loss, before, ranks)
+        self._scatter()
+
+    def _move(
+        self,
+        closure: Callable[[], Any] | None,
+        gradient: Sequence[Tensor | None],
+        loss: Tensor | None,
+        before: trial.RandomState,
+        ranks: Ranks,
+    ) -> None:
+        """Refresh the curvature, propose, and move (or try)."""
+        params = self._shards
+        composition = core.Composition(self.curvature, self.trust_region, self.momentum, ranks)
         seen = Observation(
             gradient=gradient,
             loss=loss,
             statistics=self._pending.statistics,
             graphs=self._pending.graphs,
             parameters=params,
-            step_change=self._step_change(params),
+            step_change=self._step_change(),
         )
         betas, lr = self._per_parameter("momentum"), self._per_parameter("lr")
         averaged = core.averaged_gradient(
             self.momentum,
             gradient,
-            self._momentum_buffers(params, betas),
-            [self.state[p]["step"] for p in params],
+            self._momentum_buffers(betas),
+            [self.state[p]["step"] for p in self._params],
             betas,
             params,
         )
@@ -307,17 +359,18 @@ class SecondOrder(torch.optim.Optimizer):
         actual: Tensor | None = None
         verdict: Verdict | None
         if self.needs.trial:
-            verdict, actual = self._try(cast("Callable[[], Any]", closure), proposal, gradient, loss, before)
+            verdict, actual = self._try(
+                cast("Callable[[], Any]", closure), proposal, gradient, loss, before, ranks
+            )
         else:
             verdict = core.review(composition, self._region_state, proposal, loss)
             self._apply(proposal.step, gradient)
-        self._scatter()
         self._record(loss, proposal, verdict, actual)
 
-    def _gradient(self, params: Sequence[Tensor]) -> list[Tensor | None]:
+    def _gradient(self) -> list[Tensor | None]:
         """``.grad`` in the precision of the state, negated where a group climbs."""
         gradient: list[Tensor | None] = []
-        for i, (p, climbs) in enumerate(zip(params, self._per_parameter("maximize"), strict=True)):
+        for i, (p, climbs) in enumerate(zip(self._params, self._per_parameter("maximize"), strict=True)):
             g = state_layout.dense_or_none(p, i)
             if g is not None:
                 g = g.to(vectors.compute_dtype(p.dtype))
@@ -353,28 +406,27 @@ class SecondOrder(torch.optim.Optimizer):
             skipped_steps=skipped.clone(),
         )
 
-    def _momentum_buffers(self, params: Sequence[Tensor], betas: Sequence[float]) -> list[Tensor]:
+    def _momentum_buffers(self, betas: Sequence[float]) -> list[Tensor]:
         """The buffers; a schedule that raises the momentum from 0 creates them."""
         if all(b == 0.0 for b in betas):
             return []
-        for p in params:
+        for p in self._params:
             if "momentum" not in self.state[p]:
-                self.state[p]["momentum"] = vectors.zeros_like([p])[0]
-        return [self.state[p]["momentum"] for p in params]
+                self.state[p]["momentum"] = stored(p, vectors.zeros_like([local(p)])[0])
+        return [local(self.state[p]["momentum"]) for p in self._params]
 
-    def _step_change(self, params: Sequence[Tensor]) -> list[Tensor] | None:
+    def _step_change(self) -> list[Tensor] | None:
         """θ_t - θ_{t-1}, for quasi-Newton pairs."""
         if not getattr(self.curvature, "tracks_steps", False):
             return None
-        return [self.state[p]["step_change"] for p in params]
+        return [local(self.state[p]["step_change"]) for p in self._params]
 
     def _apply(self, step: Sequence[Tensor], gradient: Sequence[Tensor | None]) -> None:
-        params = self._params
-        before = vectors.copy(params) if getattr(self.curvature, "tracks_steps", False) else None
+        params, changes = self._shards, self._step_change()
+        before = vectors.copy(params) if changes is not None else []
         core.apply_(params, gradient, step, self._per_parameter("lr"), self._per_parameter("weight_decay"))
-        if before is not None:
-            for p, old in zip(params, before, strict=True):
-                self.state[p]["step_change"].copy_(p - old)
+        for change, p, old in zip(changes or [], params, before, strict=False):
+            change.copy_(p - old)
 
     def _try(
         self,
@@ -383,13 +435,14 @@ class SecondOrder(torch.optim.Optimizer):
         gradient: Sequence[Tensor | None],
         loss: Tensor | None,
         before: trial.RandomState,
+        ranks: Ranks,
     ) -> tuple[Verdict, Tensor]:
         """Move, evaluate the trial point, and stay or go back."""
         if loss is None:
             raise RuntimeError(
                 f"{type(self.trust_region.radius).__name__} compares losses: the closure must return the loss"
             )
-        params = self._params
+        params = self._shards
         if float(proposal.step_norm) == 0.0:  # a stationary point: there is nothing to try
             still = torch.zeros((), dtype=torch.bool, device=loss.device)
             return Verdict(still, torch.full_like(loss, float("nan")), self._radius()), torch.zeros_like(loss)
@@ -401,9 +454,12 @@ class SecondOrder(torch.optim.Optimizer):
         try:
             # A closure that calls loss.backward() itself needs a graph for it; its gradients are put back.
             with_graph = wants_gradient or not self._backward_called
-            trial_loss, trial_gradient = trial.evaluate(closure, params, before, with_gradient=with_graph)
+            trial_loss, trial_gradient = trial.evaluate(
+                closure, self._params, before, with_gradient=with_graph
+            )
             if trial_loss is None:
                 raise RuntimeError("the closure returned a loss the first time and None at the trial point")
+            trial_loss = ranks.mean_(trial_loss.to(loss.dtype).clone())
             # Compared in the precision of the policy: half-precision losses would hide small reductions.
             actual = loss.to(proposal.step_norm.dtype) - trial_loss.to(proposal.step_norm)
             norm = vectors.norm([g for g in trial_gradient if g is not None]) if wants_gradient else None
@@ -414,8 +470,8 @@ class SecondOrder(torch.optim.Optimizer):
             if not accepted:
                 for p, old in zip(params, saved, strict=True):
                     p.copy_(old)
-                    if "step_change" in self.state[p]:
-                        self.state[p]["step_change"].zero_()
+                for change in self._step_change() or []:
+                    change.zero_()
         return verdict, actual
 
     # -- telemetry ------------------------------------------------------------------------------------------------
@@ -425,7 +481,7 @@ class SecondOrder(torch.optim.Optimizer):
         radius = self._region_state.get("radius", self._region_state.get("sigma"))
         if isinstance(radius, list):
             return vectors.total(cast("list[Tensor]", radius)) / len(radius)
-        first = self._params[0]
+        first = self._shards[0]
         return (
             cast(Tensor, radius).clone() if radius is not None else vectors.scalar_like([first], float("nan"))
         )
@@ -435,7 +491,7 @@ class SecondOrder(torch.optim.Optimizer):
         return (
             damping.clone()
             if isinstance(damping, Tensor)
-            else vectors.scalar_like(self._params, float("nan"))
+            else vectors.scalar_like(self._shards, float("nan"))
         )
 
     def _record(
@@ -457,38 +513,6 @@ class SecondOrder(torch.optim.Optimizer):
             fisher_active_fraction=cast(Tensor, fraction),
             skipped_steps=self.state[self._params[0]]["skipped_steps"].clone(),
         )
-
-
-def check_group(group: dict[str, Any], needs: Needs) -> None:
-    """Refuse a parameter group that cannot be optimised, argument by argument."""
-    lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
-    if not float(lr) >= 0.0:
-        raise ValueError(f"lr must be >= 0, got {lr}")
-    if not 0.0 <= momentum < 1.0:
-        raise ValueError(f"momentum must be in [0, 1), got {momentum}")
-    if not weight_decay >= 0.0:
-        raise ValueError(f"weight_decay must be >= 0, got {weight_decay}")
-    if group["maximize"] and (needs.graph or needs.trial or Needs.LOSS in needs):
-        raise ValueError(
-            "maximize=True works with curvature and policies that need only gradients; negate the loss in place of it"
-        )
-    for p in group["params"]:
-        if p.is_complex():
-            raise ValueError("complex parameters are not supported; view them as real (torch.view_as_real)")
-        if not p.is_floating_point():
-            raise ValueError(f"parameters must be floating point, got {p.dtype}")
-
-
-def signal_names(needs: Needs) -> str:
-    """The names of flags, for messages."""
-    names = {
-        Needs.HVP: "Hessian-vector products",
-        Needs.GGN: "Gauss-Newton products",
-        Needs.PER_SAMPLE_GRAD: "per-sample gradients",
-        Needs.LAYER_IO: "layer inputs and output gradients",
-        Needs.SAMPLED_LABELS: "gradients of sampled labels",
-    }
-    return " and ".join(text for flag, text in names.items() if flag in needs)
 
 
 def _is_finite(loss: Tensor | None) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from curvature.protocols import TRANSIENT, State
+from optimizers.sharding import local, stored, stored_like
 
 SEPARATOR = "/"
 
@@ -32,7 +33,9 @@ def scatter(
                     f"state entry {name!r} must hold one tensor a parameter ({len(params)}), got {len(value)}"
                 )
             for p, x in zip(params, value, strict=True):
-                into[p][name] = x
+                held = into[p].get(name)
+                if held is None or local(held) is not x:
+                    into[p][name] = stored(p, x)
         else:
             if not isinstance(value, (Tensor, int, float)):
                 raise TypeError(
@@ -49,7 +52,7 @@ def regather(
     for key, value in template.items():
         name = prefix + SEPARATOR + key
         if isinstance(value, list):
-            state[key] = [source[p][name] for p in params]
+            state[key] = [local(source[p][name]) for p in params]
         else:
             state[key] = source[params[0]][name]
     return state
@@ -79,6 +82,8 @@ def check_matches(expected: dict[str, Any], loaded: dict[str, Any], where: str) 
     for name, value in expected.items():
         other = loaded[name]
         if isinstance(value, Tensor):
+            if value.dim() == 0 and isinstance(other, (int, float)) and not isinstance(other, bool):
+                continue  # a counter that was saved as a number
             if not isinstance(other, Tensor) or other.shape != value.shape:
                 found = tuple(other.shape) if isinstance(other, Tensor) else type(other).__name__
                 raise ValueError(
@@ -86,15 +91,18 @@ def check_matches(expected: dict[str, Any], loaded: dict[str, Any], where: str) 
                 )
             if other.is_floating_point() != value.is_floating_point():
                 raise ValueError(f"state {name!r} of {where} must be {value.dtype}, got {other.dtype}")
-        elif isinstance(other, Tensor) or not isinstance(other, (int, float)):
+        elif isinstance(other, bool) or not isinstance(other, (int, float)):
             raise ValueError(f"state {name!r} of {where} must be a number, got {type(other).__name__}")
 
 
 def restored(value: Any, loaded: Any) -> Any:
     """``loaded`` as the present state keeps it: own copy, same device and dtype (float32 state stays float32)."""
-    if isinstance(value, Tensor):
-        return loaded.detach().to(device=value.device, dtype=value.dtype, copy=True)
-    return type(value)(loaded)
+    if not isinstance(value, Tensor):
+        return type(value)(loaded)
+    if not isinstance(loaded, Tensor):
+        return torch.full_like(value, loaded)
+    own = loaded.detach().to(device=value.device, dtype=value.dtype, copy=True)
+    return stored_like(value, own)
 
 
 def bytes_of(state: MutableMapping[Any, dict[str, Any]]) -> int:
@@ -103,7 +111,7 @@ def bytes_of(state: MutableMapping[Any, dict[str, Any]]) -> int:
     for entries in state.values():
         for value in entries.values():
             if isinstance(value, Tensor):
-                storage = value.untyped_storage()
+                storage = local(value).untyped_storage()
                 seen[storage.data_ptr() or id(storage)] = storage.nbytes()
     return sum(seen.values())
 
@@ -112,8 +120,9 @@ def dense_or_none(p: Tensor, index: int) -> Tensor | None:
     """A parameter's gradient, refused where it is sparse."""
     if p.grad is None:
         return None
-    if p.grad.layout is not torch.strided:
+    gradient: Tensor = local(p.grad)
+    if gradient.layout is not torch.strided:
         raise RuntimeError(
             f"parameter {index} has a sparse gradient, which second-order state cannot take: use dense ones"
         )
-    return p.grad
+    return gradient

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from optimizers.sharding import local
+
 RandomState = list[tuple[torch.device, Tensor]]
 
 
@@ -59,6 +61,10 @@ def buffers_put_back() -> Iterator[None]:
         handle.remove()
         with torch.no_grad():
             for module, buffers in saved.values():
+                # fully_shard leaves the root's parameters gathered after a forward pass without a backward pass;
+                # the next one would compute at the trial point although θ has moved back.
+                if hasattr(module, "reshard"):
+                    module.reshard()
                 for name, (buffer, copy) in buffers.items():
                     # A forward pass may write into the buffer or put another in its place.
                     buffer.copy_(copy)
@@ -106,7 +112,7 @@ def evaluate(
     with same_random_numbers(before, params), buffers_put_back(), gradients_put_back(params):
         with torch.set_grad_enabled(with_gradient):
             value = closure()
-        gradient = [p.grad for p in params]
+        gradient = [local(p.grad) for p in params]
     return loss_tensor(value, params), gradient
 
 

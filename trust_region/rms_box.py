@@ -109,7 +109,7 @@ class RmsBox(Shape):
             newton = vectors.negative(curvature.solve(gradient, damping))
             step = self.project(state, newton, gradient, curvature, radius, context)
             inside = count_equal(step, newton)
-            return _solution(step, inside, vectors.numel(step), {})
+            return _solution(step, inside, {})
         scale = self.curvature_scale(gradient, moment)
         step, inside = [], []
         for g, h, v, d_i, scale_i in zip(gradient, curvature.diagonal(), moment, d, scale, strict=True):
@@ -120,19 +120,16 @@ class RmsBox(Shape):
             denominator = torch.maximum(curved, rms, out=rms).add_(self.eps)
             step.append(torch.div(g, denominator, out=denominator).mul_(-d_i))
         diagnostics: dict[str, object] = {"curvature_scale": scale}
-        return _solution(step, inside, vectors.numel(step), diagnostics)
+        return _solution(step, inside, diagnostics)
 
     def curvature_scale(self, gradient: Sequence[Tensor], moment: Sequence[Tensor]) -> list[Tensor]:
         """1 + s for every tensor; s = Σg² / Σ(v̂+ε) over all tensors, or over each its own."""
         if not self.rank_one_scale:
             return [torch.ones((), dtype=v.dtype, device=v.device) for v in moment]
         squares = vectors.dots(gradient, gradient)
-        masses = [v.sum() + self.eps * v.numel() for v in moment]
-        if self.scope == "tensor":
-            return [
-                1.0 + a / b if v.numel() else torch.ones_like(a)
-                for a, b, v in zip(squares, masses, moment, strict=True)
-            ]
+        masses = vectors.completed([v.sum() + self.eps * v.numel() for v in moment])
+        if self.scope == "tensor":  # a tensor without elements has mass 0
+            return [1.0 + a / torch.where(b > 0, b, 1.0) for a, b in zip(squares, masses, strict=True)]
         return [1.0 + vectors.total(squares) / vectors.total(masses)] * len(moment)
 
     def project(
@@ -162,9 +159,7 @@ def adam_step(
     for g, v, d in zip(gradient, moment, radius, strict=True):
         denominator = v.sqrt().add_(eps)
         step.append(torch.div(g, denominator, out=denominator).mul_(-d.to(g.device)))
-    return _solution(
-        step, [torch.zeros((), dtype=torch.int64, device=step[0].device)], vectors.numel(step), {}
-    )
+    return _solution(step, [torch.zeros((), dtype=torch.int64, device=step[0].device)], {})
 
 
 def count_equal(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
@@ -176,10 +171,8 @@ def _is_nonzero(damping: Tensor | float) -> bool:
     return isinstance(damping, Tensor) or damping != 0.0
 
 
-def _solution(
-    step: list[Tensor], inside: list[Tensor], size: int, diagnostics: dict[str, object]
-) -> Solution:
+def _solution(step: list[Tensor], inside: list[Tensor], diagnostics: dict[str, object]) -> Solution:
     """Telemetry: the fraction of elements strictly inside the box is the fraction where the curvature is live."""
-    count = vectors.total(inside)
-    diagnostics["fisher_active_fraction"] = count.to(vectors.compute_dtype(step[0].dtype)) / max(size, 1)
-    return Solution(step=step, on_boundary=count < size, diagnostics=diagnostics)
+    fraction = vectors.fraction(vectors.total(inside), step)
+    diagnostics["fisher_active_fraction"] = fraction
+    return Solution(step=step, on_boundary=fraction < 1.0, diagnostics=diagnostics)

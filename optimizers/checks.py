@@ -1,0 +1,85 @@
+"""What a parameter group may hold, and what a step must be given: refused early, with the remedy in the message."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvature.protocols import Needs
+
+
+def check_group(group: Mapping[str, Any], needs: Needs) -> None:
+    """Refuse a parameter group that cannot be optimised, argument by argument."""
+    check_learning_rate(group["lr"])
+    momentum, weight_decay = number(group, "momentum"), number(group, "weight_decay")
+    if not 0.0 <= momentum < 1.0:
+        raise ValueError(f"momentum must be in [0, 1), got {momentum}")
+    if not weight_decay >= 0.0:
+        raise ValueError(f"weight_decay must be >= 0, got {weight_decay}")
+    if not isinstance(group["maximize"], bool):
+        raise ValueError(f"maximize must be a bool, got {group['maximize']!r}")
+    if group["maximize"] and (needs.graph or needs.trial or Needs.LOSS in needs):
+        raise ValueError(
+            "maximize=True works with curvature and policies that need only gradients; negate the loss in place of it"
+        )
+    for flag, remedy in UNSUPPORTED.items():
+        if group.get(flag):
+            raise ValueError(f"{flag}=True is not supported in a parameter group: {remedy}")
+    for p in group["params"]:
+        if p.is_complex():
+            raise ValueError("complex parameters are not supported; view them as real (torch.view_as_real)")
+        if not p.is_floating_point():
+            raise ValueError(f"parameters must be floating point, got {p.dtype}")
+
+
+UNSUPPORTED = {
+    "capturable": "the state lies on the parameters' device already, leave the flag out",
+    "differentiable": "the step runs under torch.no_grad; use torch.func for a differentiable update",
+    "foreach": "the step always works on lists of tensors, leave the flag out",
+    "fused": "compile=True fuses the step",
+}
+"""Flags of ``torch.optim`` that a group might carry over, and what to do in their place."""
+
+
+def check_learning_rate(lr: Any) -> None:
+    """A number or a 1-element tensor, >= 0."""
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
+    elif isinstance(lr, bool) or not isinstance(lr, (int, float)):
+        raise ValueError(f"lr must be a number or a 1-element tensor, got {lr!r}")
+    if not float(lr) >= 0.0:
+        raise ValueError(f"lr must be >= 0, got {lr}")
+
+
+def number(group: Mapping[str, Any], name: str) -> float:
+    """A group's entry that must be a number."""
+    value = group[name]
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    return float(value)
+
+
+def signal_names(needs: Needs) -> str:
+    """The names of flags, for messages."""
+    names = {
+        Needs.HVP: "Hessian-vector products",
+        Needs.GGN: "Gauss-Newton products",
+        Needs.PER_SAMPLE_GRAD: "per-sample gradients",
+        Needs.LAYER_IO: "layer inputs and output gradients",
+        Needs.SAMPLED_LABELS: "gradients of sampled labels",
+    }
+    return " and ".join(text for flag, text in names.items() if flag in needs)
+
+
+def check_unmoved(params: Sequence[Tensor], built_for: Sequence[tuple[torch.dtype, torch.device]]) -> None:
+    """Refuse parameters whose dtype or device changed since the state was made for them."""
+    for i, (p, (dtype, device)) in enumerate(zip(params, built_for, strict=True)):
+        if p.dtype != dtype or p.device != device:
+            raise RuntimeError(
+                f"parameter {i} is {p.dtype} on {p.device}, but the optimizer's state was made for {dtype} on "
+                f"{device}: move the model first, then build the optimizer (and load its state_dict)"
+            )

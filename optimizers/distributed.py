@@ -1,0 +1,210 @@
+"""Many processes, one step: losses and statistics averaged over ranks, sums completed over shards.
+
+Legend: a *rank* is one process of a ``torch.distributed`` group; data-parallel ranks see different batches, and the
+loss that is minimised is the mean of theirs. Gradients are averaged by DDP or FSDP2; everything else that decides a
+step is averaged here, **before** it decides, so that every rank takes the same step:
+
+- the loss, and whether all gradients are finite (one small all-reduce a step);
+- statistics, which are additive in the loss, on the steps that measure; products of curvature that has only products;
+- with sharded parameters (FSDP2), the sums over elements in every dot product, norm and count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, distributed
+
+from curvature import vectors
+from curvature.matrix_free.operator import MatrixFreeOperator
+from curvature.protocols import CurvatureEstimator, CurvatureOperator, Needs, Statistics
+from optimizers.checks import signal_names
+from optimizers.sharding import is_distributed
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.tensor import DTensor
+
+    from trust_region import TrustRegion
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that share a step.
+
+    Args:
+        groups: those over which a mean goes, one after another (one group; with hybrid sharding one a mesh dimension).
+        shards: those over which every parameter is spread, or ``None``.
+    """
+
+    groups: tuple[ProcessGroup, ...] = ()
+    shards: ProcessGroup | None = None
+
+    @property
+    def size(self) -> int:
+        """The number of data-parallel ranks."""
+        size = 1
+        for group in self.groups:
+            size *= group.size()
+        return size
+
+    def sum_(self, x: Tensor) -> Tensor:
+        """Σ over ranks, in place."""
+        for group in self.groups:
+            distributed.all_reduce(x, group=group)
+        return x
+
+    def mean_(self, x: Tensor) -> Tensor:
+        """The mean over ranks, in place."""
+        return self.sum_(x).div_(self.size) if self.groups else x
+
+    def agree(self, loss: Tensor | None, finite: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The mean loss, and whether every rank's gradient is finite: the same on all ranks.
+
+        Raises:
+            RuntimeError: on a rank that was given no loss while others were.
+        """
+        if not self.groups:
+            return loss, finite
+        dtype = torch.float32 if loss is None else vectors.compute_dtype(loss.dtype)
+        # Σ loss, ranks that have one, ranks whose gradient is not finite
+        given = torch.zeros(3, dtype=dtype, device=finite.device)
+        if loss is not None:
+            given[0], given[1] = loss, 1.0
+        given[2] = ~finite
+        total, count, failed = self.sum_(given).unbind()
+        if loss is not None:
+            return total / count, failed == 0
+        if bool(count > 0):
+            raise RuntimeError("some ranks gave the step a loss and this one none: give it on every rank")
+        return None, failed == 0
+
+    def mean_statistics_(self, statistics: Statistics) -> None:
+        """Average statistics over ranks, in place, one all-reduce a dtype and device."""
+        if not self.groups:
+            return
+        tensors = [x for v in statistics.values() for x in (v if isinstance(v, list) else [v])]
+        self.mean_all_([x for x in tensors if isinstance(x, Tensor)])
+
+    def mean_all_(self, tensors: Sequence[Tensor]) -> None:
+        """Average every tensor over ranks, in place."""
+        kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for x in tensors:
+            if x.numel():
+                kinds.setdefault((x.dtype, x.device), []).append(x)
+        for members in kinds.values():
+            joined = self.mean_(torch.cat([x.reshape(-1) for x in members]))
+            for x, piece in zip(members, joined.split([x.numel() for x in members]), strict=True):
+                x.copy_(piece.view_as(x))
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Inside, sums over elements go over all shards of every parameter."""
+        if self.shards is None:
+            yield
+            return
+        with vectors.sharded(self._combine):
+            yield
+
+    def _combine(self, x: Tensor, how: Literal["sum", "max"]) -> Tensor:
+        op = distributed.ReduceOp.SUM if how == "sum" else distributed.ReduceOp.MAX
+        distributed.all_reduce(x, op=op, group=self.shards)
+        return x
+
+
+ALONE = Ranks()
+"""One process."""
+
+
+def find_ranks(params: Sequence[Tensor], process_group: ProcessGroup | Literal["auto"] | None) -> Ranks:
+    """The ranks that share a step of ``params``.
+
+    Args:
+        params: the optimizer's parameters; distributed ones tell their mesh.
+        process_group: data-parallel ranks of parameters that are not distributed; ``"auto"`` is the default group
+            where ``torch.distributed`` is initialised, ``None`` averages over nobody.
+
+    Raises:
+        ValueError: for parameters that are sharded in more than one way.
+    """
+    spread = [p for p in params if is_distributed(p)]
+    if spread:
+        return _mesh_ranks(spread, len(params))
+    if process_group is None or not (distributed.is_available() and distributed.is_initialized()):
+        return ALONE
+    group = distributed.group.WORLD if process_group == "auto" else process_group
+    if group is None or group.size() == 1:
+        return ALONE
+    return Ranks((group,))
+
+
+def _mesh_ranks(spread: Sequence[Any], total: int) -> Ranks:
+    first: DTensor = spread[0]
+    mesh = first.device_mesh
+    if len(spread) != total:
+        raise ValueError(
+            f"{total - len(spread)} of {total} parameters are not distributed while the others are: apply fully_shard "
+            "to the whole model, or give each kind an optimizer of its own"
+        )
+    dims: set[int] = set()
+    for p in spread:
+        if p.device_mesh != mesh:
+            raise ValueError(
+                "parameters must lie on one device mesh; give every mesh an optimizer of its own"
+            )
+        cut = [i for i, placement in enumerate(p.placements) if placement.is_shard()]
+        if len(cut) > 1 or any(placement.is_partial() for placement in p.placements):
+            raise ValueError(
+                f"a parameter is placed as {p.placements}: sharding over one mesh dimension (fully_shard) is "
+                "supported, tensor parallelism is not"
+            )
+        dims.update(cut)
+    if len(dims) != 1 or any(not any(x.is_shard() for x in p.placements) for p in spread):
+        raise ValueError("all parameters must be sharded over the same mesh dimension, as fully_shard does")
+    groups = tuple(mesh.get_group(i) for i in range(mesh.ndim))
+    return Ranks(groups, mesh.get_group(dims.pop()))
+
+
+def check_shardable(ranks: Ranks, curvature: CurvatureEstimator, trust_region: TrustRegion) -> None:
+    """Refuse, when the optimizer is built, parts that cannot work on shards.
+
+    A part says that it can by ``shardable = True``: it works element by element, and forms its sums by
+    :mod:`curvature.vectors`.
+    """
+    if ranks.shards is None:
+        return
+    name = type(curvature).__name__
+    if curvature.needs & (Needs.HVP | Needs.GGN):
+        raise ValueError(
+            f"{name} needs {signal_names(curvature.needs.graph)}, and fully_shard has no double backward: use "
+            'hvp="finite-difference" (Hessian products from two gradients, in the closure loop), or DDP'
+        )
+    if curvature.needs.graph:
+        raise ValueError(
+            f"{name} needs {signal_names(curvature.needs.graph)}, which parameters sharded by fully_shard cannot give: "
+            "use DDP, or curvature that needs only gradients"
+        )
+    parts = (curvature, trust_region.region, trust_region.subproblem, trust_region.radius)
+    for part in parts:
+        if part is not None and not getattr(part, "shardable", False):
+            raise ValueError(
+                f"{type(part).__name__} works on whole tensors, and the parameters are sharded by fully_shard: use "
+                "DDP, or a part that says shardable = True"
+            )
+
+
+def over_ranks(operator: CurvatureOperator, like: Sequence[Tensor], ranks: Ranks) -> CurvatureOperator:
+    """The mean over ranks of an operator that each rank knows only by products with its own batch's graph."""
+    if not ranks.groups:
+        return operator
+
+    def product(v: Sequence[Tensor]) -> list[Tensor]:
+        own = [x.clone() for x in operator.matvec(v)]
+        ranks.mean_all_(own)
+        return own
+
+    return MatrixFreeOperator(product, like)
