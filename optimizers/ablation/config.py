@@ -240,7 +240,9 @@ def read_config(path: Path, overrides: Mapping[str, Any] | None = None) -> Ablat
     try:
         return Ablation(**{**values, **(overrides or {})})
     except AblationError as error:
-        blamed = [name for name in content if re.match(rf"{name}\b", str(error)) and name not in (overrides or {})]
+        blamed = [
+            name for name in content if re.match(rf"{name}\b", str(error)) and name not in (overrides or {})
+        ]
         if not blamed:
             raise
         raise AblationError(f"{path}, line {source.line(blamed[0], -1)}: {error}") from error

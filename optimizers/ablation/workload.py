@@ -113,10 +113,18 @@ def cross_entropy(outputs: Tensor, target: Tensor) -> Tensor:
     return nn.functional.cross_entropy(outputs.flatten(0, -2), target.flatten())
 
 
-# a workload a line: name, and the module that holds WORKLOAD
+# a workload a line: name, module and object
+_HERE = "optimizers.ablation.workloads"
 BUILT_IN = {
-    "digits": "optimizers.ablation.workloads.digits",
-    "fashion-mnist": "optimizers.ablation.workloads.fashion_mnist",
+    "digits": f"{_HERE}.digits:WORKLOAD",
+    "fashion-mnist-logistic": f"{_HERE}.fashion_mnist_logistic:WORKLOAD",
+    "fashion-mnist": f"{_HERE}.fashion_mnist:WORKLOAD",
+    "fashion-mnist-2c2d": f"{_HERE}.fashion_mnist_2c2d:WORKLOAD",
+    "mnist-autoencoder": f"{_HERE}.mnist_autoencoder:WORKLOAD",
+    "mnist-conv-autoencoder": f"{_HERE}.mnist_conv_autoencoder:WORKLOAD",
+    "character-gpt": f"{_HERE}.character_gpt:WORKLOAD",
+    "character-gpt-brown": f"{_HERE}.character_gpt:BROWN_WORKLOAD",
+    "image-folder": f"{_HERE}.image_folder:WORKLOAD",
 }
 
 
@@ -146,7 +154,8 @@ def get(name: str) -> Workload:
     'accuracy'
     """
     if name in BUILT_IN:
-        workload = importlib.import_module(BUILT_IN[name]).WORKLOAD
+        module, _, attribute = BUILT_IN[name].partition(":")
+        workload = getattr(importlib.import_module(module), attribute)
     elif name in _third_party():
         try:
             (entry,) = entry_points(group="soaa.workloads", name=name)

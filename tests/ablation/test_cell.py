@@ -8,14 +8,18 @@ from optimizers.ablation import AblationError, Cell
 from optimizers.ablation.cell import freeze, grid
 
 names = st.from_regex(r"[a-z][a-z0-9-]{0,8}", fullmatch=True)
-words = st.from_regex(r"[a-z][a-z-]{0,6}", fullmatch=True).filter(lambda w: w not in ("true", "false", "inf", "nan"))
+words = st.from_regex(r"[a-z][a-z-]{0,6}", fullmatch=True).filter(
+    lambda w: w not in ("true", "false", "inf", "nan")
+)
 numbers = st.integers(-999, 999) | st.floats(allow_nan=False, allow_infinity=False) | st.booleans()
 values = words | numbers | st.lists(numbers, min_size=1, max_size=3)
 options = st.dictionaries(st.from_regex(r"[a-z_]{1,6}", fullmatch=True), values, max_size=3)
 
 
 @given(names, names, options, st.booleans())
-def test_label_is_read_back_as_the_same_cell(first: str, second: str, given_options: dict, composed: bool) -> None:
+def test_label_is_read_back_as_the_same_cell(
+    first: str, second: str, given_options: dict, composed: bool
+) -> None:
     pair = {"curvature": first, "trust_region": second} if composed else {"optimizer": first}
     cell = Cell(**pair, options=freeze(given_options))
     assert Cell.parse(cell.label) == cell

@@ -63,7 +63,7 @@ def test_bad_configuration_names_line_and_key(
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(AblationError, match="absent.toml"):
+    with pytest.raises(AblationError, match=r"absent\.toml"):
         read_config(tmp_path / "absent.toml")
 
 
@@ -92,7 +92,14 @@ def test_value_out_of_range_is_refused_by_name(field: str, value: object) -> Non
 
 
 def _run(**changes: object) -> RunConfig:
-    fields = dict(workload="digits", cell=Cell("torch-sgd"), learning_rate=0.1, seed=0, steps=5, batch_size=8)
+    fields = {
+        "workload": "digits",
+        "cell": Cell("torch-sgd"),
+        "learning_rate": 0.1,
+        "seed": 0,
+        "steps": 5,
+        "batch_size": 8,
+    }
     return RunConfig(**{**fields, **changes})
 
 

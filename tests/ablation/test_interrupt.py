@@ -64,7 +64,9 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL], ids=["SIGINT", "SIGKILL"])
-def test_interrupted_and_continued_gives_the_same_table(tmp_path: Path, uninterrupted: Path, kind: int) -> None:
+def test_interrupted_and_continued_gives_the_same_table(
+    tmp_path: Path, uninterrupted: Path, kind: int
+) -> None:
     out = tmp_path / "out"
     with _start(out) as process:
         _wait_for(out, 3, process)
@@ -89,7 +91,9 @@ def _children(process: subprocess.Popen[str]) -> list[int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds worker processes through /proc")
-def test_killed_workers_are_replaced_and_nothing_is_counted_twice(tmp_path: Path, uninterrupted: Path) -> None:
+def test_killed_workers_are_replaced_and_nothing_is_counted_twice(
+    tmp_path: Path, uninterrupted: Path
+) -> None:
     out = tmp_path / "out"
     killed = 0
     with _start(out, "--workers", "2") as process:

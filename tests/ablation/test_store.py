@@ -32,7 +32,7 @@ def test_failed_write_leaves_the_old_file_and_no_other(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, moment, full)
-    with pytest.raises(AblationError, match="No space left on device.*intact"):
+    with pytest.raises(AblationError, match=r"No space left on device.*intact"):
         write_bytes(path, b"new")
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
@@ -42,16 +42,18 @@ def test_a_full_disk_is_one_error(tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
     # the real thing: every write to /dev/full fails as on a full disk
-    with pytest.raises(OSError, match="No space left") as caught, open("/dev/full", "wb", buffering=0) as stream:
+    with (
+        pytest.raises(OSError, match=r"No space left") as caught,
+        open("/dev/full", "wb", buffering=0) as stream,
+    ):
         stream.write(b"x")
     assert caught.value.errno == 28  # what the other test raises is what the system raises
 
 
 def test_second_process_is_refused_while_the_first_holds_the_folder(tmp_path: Path) -> None:
     first, second = Store(tmp_path), Store(tmp_path)
-    with first.lock():
-        with pytest.raises(AblationError, match="in use"), second.lock():
-            pass
+    with first.lock(), pytest.raises(AblationError, match="in use"), second.lock():
+        pass
     with second.lock():
         pass
 
@@ -72,12 +74,12 @@ def test_results_of_another_format_are_refused(tmp_path: Path) -> None:
 
 def test_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(AblationError, match="cannot write results to .*file"):
+    with pytest.raises(AblationError, match=r"cannot write results to .*file"):
         Store(tmp_path / "file" / "out")
 
 
 def test_damaged_run_is_named(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.path("abc").write_text('{"config": ')
-    with pytest.raises(AblationError, match="abc.json"):
+    with pytest.raises(AblationError, match=r"abc\.json"):
         store.load("abc")

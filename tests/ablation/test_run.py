@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from optimizers.ablation import AblationError, Cell, RunConfig, TensorData, Workload, workload
+from optimizers.ablation.adapter import build, step_function
+from optimizers.ablation.run import check, state_bytes, train
+from optimizers.ablation.schedule import factor
+
+
+def _config(cell: str = "torch-adamw", **changes: Any) -> RunConfig:
+    fields: dict[str, Any] = {
+        "workload": "digits", "learning_rate": 0.003, "seed": 0, "steps": 20, "batch_size": 32, "evaluations": 4,
+    }  # fmt: skip
+    return RunConfig(cell=Cell.parse(cell), **{**fields, **changes})
+
+
+def _numbers(record: dict[str, Any]) -> dict[str, Any]:
+    clock = ("seconds", "seconds_per_step")
+    result = {name: value for name, value in record["result"].items() if name not in clock}
+    curve = {name: value for name, value in record["curve"].items() if name not in clock}
+    return {"result": result, "curve": curve, "trace": record["trace"], "key": record["key"]}
+
+
+@pytest.mark.parametrize("cell", ["torch-adamw", "torch-sgd", "soaa", "soaa:scope=tensor"])
+def test_two_runs_with_one_seed_give_the_same_numbers_bit_for_bit(cell: str) -> None:
+    first = train(_config(cell))
+    torch.manual_seed(123)  # whatever happened before in this process changes nothing
+    torch.rand(7)
+    second = train(_config(cell))
+    assert first["status"] == "done"
+    assert repr(_numbers(first)) == repr(_numbers(second))
+    assert repr(_numbers(first)["curve"]) != repr(_numbers(train(_config(cell, seed=1)))["curve"])
+
+
+def test_cells_of_one_seed_start_at_one_point_and_see_the_same_batches() -> None:
+    records = [train(_config(cell, learning_rate=0.0)) for cell in ("torch-adamw", "torch-sgd", "soaa")]
+    curves = [record["curve"]["train_loss"] for record in records]
+    assert curves[0] == curves[1] == curves[2]
+    # nothing moves at lr 0, so equal batch losses mean equal batches
+    losses = [record["trace"]["batch_loss"] for record in records]
+    assert losses[0] == losses[1] == losses[2]
+    assert len(set(losses[0])) == 20
+
+
+def test_a_run_equals_the_loop_written_by_hand() -> None:
+    record = train(_config(dtype="float64", steps=30))
+    problem = workload.get("digits")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = problem.model().double()
+    data = problem.data().to(torch.device("cpu"), torch.float64)  # type: ignore[attr-defined]
+    batches = data.batches(32, torch.Generator().manual_seed(0))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.003, weight_decay=0)
+    for _ in range(30):
+        inputs, target = next(batches)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs), target).backward()
+        optimizer.step()
+    inputs, target = data._splits["test"]
+    loss = nn.functional.cross_entropy(model(inputs), target)
+    assert record["result"]["test_loss"] == pytest.approx(loss.item(), rel=1e-12)
+    assert record["result"]["test_metric"] == pytest.approx(
+        (model(inputs).argmax(1) == target).double().mean().item()
+    )
+
+
+def test_the_callers_random_state_threads_and_settings_are_put_back() -> None:
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    train(_config(threads=2, steps=4))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_divergence_ends_a_run_and_is_recorded() -> None:
+    record = train(_config("torch-sgd", learning_rate=1e38))
+    assert record["status"] == "done"
+    assert record["result"]["diverged"]
+    assert record["result"]["steps"] < 20
+
+
+def test_a_failure_is_recorded_and_does_not_end_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*arguments: object) -> None:
+        raise RuntimeError("this step cannot be taken")
+
+    monkeypatch.setattr("optimizers.ablation.adapter._plain_step", fails)
+    record = train(_config())
+    assert record["status"] == "failed"
+    assert "this step cannot be taken" in record["error"]
+
+
+def test_radius_is_recorded_at_every_step_and_replayed_as_a_factor() -> None:
+    record = train(_config("soaa", steps=300, evaluations=1))
+    assert len(record["trace"]["radius"]) == 300
+    assert all(value > 0 for value in record["trace"]["radius"])
+    assert len(record["trace"]["fisher_active_fraction"]) == 300
+    plain = train(_config("torch-sgd", steps=10))
+    assert _numbers(train(_config("torch-sgd", steps=10), factors=[1.0] * 10)) == _numbers(plain)
+    stopped = train(_config("torch-sgd", steps=10), factors=[0.0] * 10)["curve"]["train_loss"]
+    assert stopped == [stopped[0]] * len(stopped)
+
+
+def test_schedules_follow_their_closed_form() -> None:
+    assert [factor("constant", i, 10, 0.3) for i in range(4)] == pytest.approx([1 / 3, 2 / 3, 1, 1])
+    cosine = [factor("cosine", i, 10, 0.2) for i in range(10)]
+    expected = [0.5, 1.0] + [0.5 * (1 + math.cos(math.pi * i / 8)) for i in range(8)]
+    assert cosine == pytest.approx(expected)
+
+
+def test_state_bytes_of_adamw_are_two_moments_and_a_counter_a_tensor() -> None:
+    model = nn.Linear(10, 3)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2, 10)).sum().backward()
+    optimizer.step()
+    assert state_bytes(optimizer) == 2 * 4 * 33 + 2 * 4
+
+
+def test_test_split_is_not_read_where_it_was_not_asked_for() -> None:
+    assert "test_loss" not in train(_config(read_test=False))["result"]
+
+
+def _quadratic() -> Workload:
+    x = torch.eye(4)
+    return Workload(
+        name="quadratic", summary="", model=lambda: nn.Linear(4, 1, bias=False), loss=nn.functional.mse_loss,
+        data=lambda: TensorData((x, x.sum(1, keepdim=True)), (x, x[:, :1]), (x, x[:, :1])),
+        metric=nn.functional.mse_loss, metric_name="error", higher_is_better=False, steps=5, batch_size=4,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "cell", ["hessian+steihaug-cg", "identity+steihaug-cg", "hutchinson-diagonal+unbounded"]
+)
+def test_the_closure_loop_is_used_where_a_trial_is_judged(cell: str) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        problem = _quadratic()
+        model = problem.model()
+    import optimizers
+
+    parsed = Cell.parse(cell)
+    if parsed.trust_region not in optimizers.available()["trust_region"]:
+        pytest.skip("this composition has another name")
+    optimizer = build(parsed, model, None, total_steps=5)
+    step = step_function(optimizer)
+    inputs, target = next(problem.data().batches(4, torch.Generator().manual_seed(0)))
+    losses = [float(step(model, problem.loss, inputs, target)) for _ in range(5)]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("cell", "changes", "words"),
+    [
+        ("saoa", {}, "'soaa'"),
+        ("soaa:gama=0.1", {}, "gamma"),
+        ("soaa:gamma=0.3", {}, r"gamma must be in \(0, 0.25\], got 0.3"),
+        ("torch-adamw:beta=3", {}, "'betas'"),
+        ("hesian+unbounded", {}, "'hessian'"),
+        ("soaa", {"learning_rate": -1.0}, "-1"),
+        ("soaa", {"device": "warp"}, "'warp'"),
+        ("soaa", {"workload": "digit"}, "'digits'"),
+    ],
+)
+def test_what_cannot_start_is_one_clear_error_before_training(
+    cell: str, changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(AblationError, match=words):
+        check(_config(cell, **changes))
