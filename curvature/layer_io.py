@@ -28,6 +28,8 @@ _TRANSPARENT = frozenset({
     "UnsqueezeBackward0", "DetachBackward0",
 })  # fmt: skip
 
+_SPLITS = frozenset({"SplitBackward0", "SplitWithSizesBackward0", "UnbindBackward0"})
+
 
 @dataclass(eq=False)
 class Record:
@@ -35,26 +37,32 @@ class Record:
 
     Args:
         module: its name in the model.
-        inputs: its positional tensors, detached; keyword tensors come after them, in the order given.
-        versions: their version counters, to notice a later in-place change.
+        inputs: its positional tensors, detached.
+        keywords: its keyword tensors, detached.
+        versions: the version counters of both, to notice a later in-place change.
         shape: the output's shape; the gradient at its node has as many elements.
         output_number: which output of its node it is.
     """
 
     module: str
     inputs: tuple[Tensor, ...]
+    keywords: dict[str, Tensor]
     versions: tuple[int, ...]
     shape: torch.Size
     output_number: int
 
     def check_unchanged(self) -> None:
         """Refuse inputs that were overwritten after the call."""
-        for x, version in zip(self.inputs, self.versions, strict=True):
+        for x, version in zip((*self.inputs, *self.keywords.values()), self.versions, strict=True):
             if x._version != version:
                 raise RuntimeError(
                     f"the input of {self.module!r} was modified in place after the call, so its curvature cannot be "
                     "observed: use the out-of-place operation there"
                 )
+
+    def argument(self, position: int, name: str) -> Tensor:
+        """A tensor argument, however it was passed."""
+        return self.inputs[position] if position < len(self.inputs) else self.keywords[name]
 
 
 @dataclass(frozen=True)
@@ -69,18 +77,33 @@ class Call:
     edge: GradientEdge
 
 
+@dataclass(frozen=True)
+class Use:
+    """A node that reads a parameter.
+
+    Args:
+        node: the node, past changes of layout and precision.
+        part: which piece it reads, where the parameter was split first.
+        split: the node that split it.
+    """
+
+    node: Node
+    part: int | None = None
+    split: Node | None = None
+
+
 @dataclass
 class Trace:
     """What a walk of one graph found.
 
     Args:
         calls: every recorded call, by module name, in order.
-        uses: for each parameter (by ``id``), the nodes that read it, one entry a read.
+        uses: for each parameter (by ``id``), what reads it, in order.
         opaque: names of nodes that hide what happens inside them (reentrant checkpoints, compiled graphs).
     """
 
     calls: dict[str, list[Call]] = field(default_factory=dict)
-    uses: dict[int, list[Node]] = field(default_factory=dict)
+    uses: dict[int, list[Use]] = field(default_factory=dict)
     opaque: list[str] = field(default_factory=list)
 
 
@@ -141,7 +164,9 @@ class Recorder:
         out = output if isinstance(output, Tensor) else next((o for o in _tensors(output)), None)
         if out is None or out.grad_fn is None:
             return
-        inputs = tuple(x.detach() for x in (*_tensors(args), *_tensors(kwargs.values())))
+        inputs = tuple(x.detach() for x in _tensors(args))
+        keywords = {k: x.detach() for k, x in kwargs.items() if isinstance(x, Tensor)}
+        versions = tuple(x._version for x in (*inputs, *keywords.values()))
         node, number = out.grad_fn, out.output_nr
         base = out._base if out._is_view() else None
         if (
@@ -153,7 +178,7 @@ class Recorder:
         ):
             # An in-place operation on a view replaces the view's node; that of its base stays in the graph.
             node, number = base.grad_fn, base.output_nr
-        record = Record(name, inputs, tuple(x._version for x in inputs), out.shape, number)
+        record = Record(name, inputs, keywords, versions, out.shape, number)
         _metadata(node).setdefault(self.key, []).append(record)
 
     def trace(self, output: Tensor) -> Trace:
@@ -162,7 +187,7 @@ class Recorder:
         if output.grad_fn is None:
             return found
         calls: list[tuple[int, Call]] = []
-        parents: dict[Node, list[Node]] = {}
+        parents: dict[Node, list[tuple[Node, int]]] = {}
         leaves: dict[Node, int] = {}
         stack, seen = [output.grad_fn], {output.grad_fn}
         while stack:
@@ -178,17 +203,18 @@ class Recorder:
                 (node._sequence_nr(), Call(record, GradientEdge(node, record.output_number)))
                 for record in _metadata(node).get(self.key, ())
             )
-            for child, _ in node.next_functions:
+            for child, number in node.next_functions:
                 if child is None:
                     continue
-                parents.setdefault(child, []).append(node)
+                parents.setdefault(child, []).append((node, number))
                 if child not in seen:
                     seen.add(child)
                     stack.append(child)
         for _, call in sorted(calls, key=lambda numbered: numbered[0]):
             found.calls.setdefault(call.record.module, []).append(call)
         for leaf, identity in leaves.items():
-            found.uses[identity] = _readers(leaf, parents)
+            uses = _readers(leaf, parents)
+            found.uses[identity] = sorted(uses, key=lambda use: use.node._sequence_nr())
         return found
 
 
@@ -196,15 +222,18 @@ def _metadata(node: Node) -> dict[str, list[Record]]:
     return cast("dict[str, list[Record]]", node.metadata)  # a property, whatever its stub says
 
 
-def _readers(node: Node, parents: Mapping[Node, list[Node]]) -> list[Node]:
-    """The nodes that read ``node``, looking through changes of layout and precision."""
-    readers: list[Node] = []
-    for parent in parents.get(node, ()):
-        if parent.name() in _TRANSPARENT and len(parent.next_functions) == 1:
-            above = _readers(parent, parents)
-            readers.extend(above if above else [parent])
-        else:
-            readers.append(parent)
+def _readers(
+    node: Node,
+    parents: Mapping[Node, list[tuple[Node, int]]],
+    part: int | None = None,
+    split: Node | None = None,
+) -> list[Use]:
+    """What reads ``node``, looking through changes of layout and precision, and through splits."""
+    readers: list[Use] = []
+    for parent, number in parents.get(node, ()):
+        above = (number, node) if node.name() in _SPLITS else (part, split)
+        beyond = _readers(parent, parents, *above) if parent.name() in _TRANSPARENT | _SPLITS else []
+        readers.extend(beyond or [Use(parent, *above)])
     return readers
 
 

@@ -6,7 +6,6 @@ at its root parameter (the weight, or else the bias), and tensors without elemen
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,22 +15,26 @@ import torch
 from torch import Tensor, nn
 
 from curvature import vectors
-from curvature.kronecker import factors, fallback
+from curvature.estimate import from_statistics
+from curvature.kronecker import fallback, measurement
 from curvature.kronecker.eigen import eigh_many
-from curvature.kronecker.factors import Sharing
+from curvature.kronecker.factors import Sharing, sample_count
 from curvature.kronecker.fisher import FISHER_KINDS, FisherKind, columns
 from curvature.kronecker.layout import Block, Layout, build_layout
 from curvature.kronecker.operator import Eigenblock, KroneckerOperator
 from curvature.kronecker.output_curvature import (
     LIKELIHOODS,
-    Likelihood,
     OutputCurvature,
     output_curvature,
 )
-from curvature.layer_io import Call, Recorder, Trace
+from curvature.layer_io import Recorder
+from curvature.likelihood import Likelihood
 from curvature.loss_graph import LossGraph
+from curvature.loss_weights import sample_weights
+from curvature.problem import Evaluation, Problem
 from curvature.protocols import Estimator, Needs, Observation, State, Statistics
 from curvature.running_mean import check_beta, running_mean_
+from curvature.side_effects import coupled_by_batch_norm
 
 
 @dataclass
@@ -96,7 +99,9 @@ class KroneckerEstimator(Estimator):
     def init(self, params: Sequence[Tensor]) -> State:
         """Zero factors, and hooks in the model."""
         layout = self._layout(params)
-        state: State = {"step": 0, "count": [vectors.scalar_like([p]) for p in params]}
+        if self._live.recorder is not None:
+            self._live.recorder.enabled = True
+        state: State = {"step": 0, "draws": 0, "count": [vectors.scalar_like([p]) for p in params]}
         sizes: dict[str, dict[int, tuple[int, ...]]] = {key: {} for key in self._keys()}
         for block in layout.blocks:
             for key, shape in self._shapes(block).items():
@@ -157,9 +162,27 @@ class KroneckerEstimator(Estimator):
 
     # -- measuring -------------------------------------------------------------------------------------------
 
+    def estimate(self, problem: Problem) -> KroneckerOperator:
+        """One shot over batches; the samples' own weights are then known from the loss itself."""
+
+        def measure(state: State, evaluation: Evaluation) -> Statistics:
+            own: Tensor | None = None
+            if self.fisher == "empirical":
+                own = sample_weights(
+                    problem.loss_fn, evaluation.outputs, evaluation.target, problem.weight_fn
+                )
+            return self._measure(state, evaluation.graph, own)
+
+        operator = from_statistics(self, problem, measure)
+        assert isinstance(operator, KroneckerOperator)
+        return operator
+
     def measure(self, state: State, graph: LossGraph) -> Statistics:
         """Σ w a aᵀ, Σ w and Σ g gᵀ of every block, and the exact diagonal of what has none."""
-        layout = self._layout(graph.params)
+        return self._measure(state, graph, None)
+
+    def _measure(self, state: State, graph: LossGraph, own_weights: Tensor | None) -> Statistics:
+        layout, params = self._layout(graph.params), graph.params
         recorder = self._live.recorder
         assert recorder is not None
         trace = recorder.trace(graph.output)
@@ -167,127 +190,51 @@ class KroneckerEstimator(Estimator):
             # The forward pass ran before this step was known to be due (a state was loaded): wait for the next.
             recorder.enabled = True
             return {}
-        check_trace(layout, trace, graph.params)
-        found = self._output_curvature(graph)
-        sizes: dict[str, dict[int, tuple[int, ...]]] = {
-            key: {b.root: self._shapes(b).get(key, (0,)) for b in layout.blocks} for key in ("A", "G")
-        }
-        sizes["mass"] = {b.root: () for b in layout.blocks}
-        wide = [vectors.compute_dtype(p.dtype) for p in graph.params]
-        statistics: Statistics = {
-            key: [
-                torch.zeros(shapes.get(i, (0,)), dtype=wide[i], device=p.device)
-                for i, p in enumerate(graph.params)
-            ]
-            for key, shapes in sizes.items()
-        }
+        refuse_coupled_samples(self.model)
         modules = dict(self.model.named_modules())
-        calls = {b.root: [c for m in b.modules for c in trace.calls.get(m, ())] for b in layout.blocks}
-        for block in layout.blocks:
-            if calls[block.root]:
-                self._measure_inputs(statistics, block, calls[block.root], modules, found)
-        self._measure_gradients(statistics, layout, calls, modules, graph, found, state)
+        used = measurement.block_calls(layout, trace, modules, params)
+        found = self._output_curvature(graph)
+        samples = sample_count(found.weights)
+        scales = measurement.scale_calls(layout, trace, modules, params, samples)
+        statistics = self._zeros(layout, params)
+        A, mass = cast("list[Tensor]", statistics["A"]), cast("list[Tensor]", statistics["mass"])
+        for calls in used:
+            i = calls.block.root
+            A[i], mass[i] = measurement.input_statistics(calls, found, self.sharing, A[i])
+        G, diagonal = cast("list[Tensor]", statistics["G"]), cast("list[Tensor]", statistics["diagonal"])
+        scaled = {i for s in scales for _, i in s.layer.parameters}
+        rest = [i for i in layout.diagonal if i not in scaled]
+        draw = cast(int, state["draws"])  # state, so that a resumed run goes on where it stopped
+        state["draws"] = draw + self.samples
+        for column in columns(self.fisher, graph, found, self.samples, self.seed, draw, own_weights):
+            measurement.send_back_(
+                dict(enumerate(G)),
+                dict(enumerate(diagonal)),
+                used,
+                scales,
+                graph,
+                column,
+                found,
+                self.sharing,
+            )
+            if rest:
+                fallback.add_squares_([diagonal[i] for i in rest], graph, [params[i] for i in rest], column)
+        if self.fisher == "forward-only":
+            for i in layout.diagonal:
+                diagonal[i].fill_(1.0)
         return statistics
 
+    def _zeros(self, layout: Layout, params: Sequence[Tensor]) -> Statistics:
+        shapes: dict[str, dict[int, tuple[int, ...]]] = {
+            key: {b.root: self._shapes(b).get(key, (0,)) for b in layout.blocks} for key in ("A", "G")
+        }
+        shapes["mass"] = {b.root: (b.dims.groups,) for b in layout.blocks}
+        shapes["diagonal"] = {i: tuple(params[i].shape) for i in layout.diagonal}
+        return {key: measurement.zeros(layout, held, params) for key, held in shapes.items()}
+
     def _output_curvature(self, graph: LossGraph) -> OutputCurvature:
-        needs_likelihood = self.fisher in ("mc", "empirical")
-        asked = self.likelihood if needs_likelihood else None
-        return output_curvature(graph, asked, blocks=not needs_likelihood)
-
-    def _measure_inputs(
-        self,
-        statistics: Statistics,
-        block: Block,
-        calls: Sequence[Call],
-        modules: dict[str, nn.Module],
-        found: OutputCurvature,
-    ) -> None:
-        A, mass = cast("list[Tensor]", statistics["A"]), cast("list[Tensor]", statistics["mass"])
-        rows, weights = [], []
-        for call in calls:
-            call.record.check_unchanged()
-            a = block.rule.input_rows(modules[call.record.module], call.record.inputs)
-            lead = positions(a, block.diagonal_input)
-            w = factors.row_weights(found.weights, lead, repr(call.record.module))
-            rows.append(a if block.diagonal_input else a.reshape(a.shape[0], math.prod(lead), a.shape[-1]))
-            weights.append(w.reshape(-1).to(A[block.root].dtype))
-        if block.diagonal_input:
-            A[block.root] += factors.token_factor(rows, weights, block.dims.d_in)
-            mass[block.root] += sum(w.sum() for w in weights)
-            return
-        if self.sharing == "reduce":
-            leads = [
-                positions(block.rule.input_rows(modules[c.record.module], c.record.inputs), False)
-                for c in calls
-            ]
-            n = [
-                factors.by_sample(lead, found.weights, repr(c.record.module))[0]
-                for lead, c in zip(leads, calls, strict=True)
-            ]
-            a, c = factors.reduce_inputs(rows, weights, n[0])
-            rows, weights = [a], [c]
-        A[block.root] += factors.input_factor(rows, weights, block.weight is not None, block.bias is not None)
-        mass[block.root] += sum(w.sum() for w in weights)
-
-    def _measure_gradients(
-        self,
-        statistics: Statistics,
-        layout: Layout,
-        calls: dict[int, list[Call]],
-        modules: dict[str, nn.Module],
-        graph: LossGraph,
-        found: OutputCurvature,
-        state: State,
-    ) -> None:
-        flat = [(block, call) for block in layout.blocks for call in calls[block.root]]
-        edges = [call.edge for _, call in flat]
-        rest = [graph.params[i] for i in layout.diagonal]
-        squares = [
-            torch.zeros_like(p, dtype=vectors.compute_dtype(p.dtype), requires_grad=False) for p in rest
-        ]
-        for column in columns(self.fisher, graph, found, self.samples, self.seed, cast(int, state["step"])):
-            gradients: Sequence[Tensor | None] = ()
-            if edges:
-                gradients = torch.autograd.grad(
-                    graph.output, edges, column.value, retain_graph=True, allow_unused=True
-                )
-            rows: dict[int, list[Tensor]] = {}
-            for (block, call), g in zip(flat, gradients, strict=True):
-                if g is None:
-                    continue
-                g = block.rule.gradient_rows(modules[call.record.module], g.reshape(call.record.shape))
-                rows.setdefault(block.root, []).append(g)
-            for block in layout.blocks:
-                if block.root in rows:
-                    self._take_gradients(statistics, block, rows[block.root], calls[block.root], found)
-            if rest:
-                fallback.add_squares_(squares, graph, rest, column)
-        if self.fisher == "forward-only":
-            squares = [s.fill_(1.0) for s in squares]
-        diagonal = [
-            torch.zeros(0, dtype=vectors.compute_dtype(p.dtype), device=p.device) for p in graph.params
-        ]
-        for i, s in zip(layout.diagonal, squares, strict=True):
-            diagonal[i] = s
-        statistics["diagonal"] = diagonal
-
-    def _take_gradients(
-        self,
-        statistics: Statistics,
-        block: Block,
-        rows: Sequence[Tensor],
-        calls: Sequence[Call],
-        found: OutputCurvature,
-    ) -> None:
-        G = cast("list[Tensor]", statistics["G"])[block.root]
-        if self.sharing == "reduce" and not block.diagonal_input:
-            n = [
-                factors.by_sample(g.shape[1:-1], found.weights, repr(c.record.module))[0]
-                for g, c in zip(rows, calls, strict=False)
-            ]
-            rows = [factors.reduce_gradients([g.to(G.dtype) for g in rows], n[0])]
-        for g in rows:
-            factors.gradient_factor_(G, g.reshape(g.shape[0], -1, g.shape[-1]))
+        needed = self.fisher in ("mc", "empirical")
+        return output_curvature(graph, self.likelihood if needed else None, blocks=not needed)
 
     # -- learning --------------------------------------------------------------------------------------------
 
@@ -323,7 +270,8 @@ class KroneckerEstimator(Estimator):
             if not live.intersection(block.members):
                 continue
             mass = observed["mass"][i]
-            A = observed["A"][i] / torch.where(mass > 0, mass, torch.ones_like(mass))
+            safe = torch.where(mass > 0, mass, torch.ones_like(mass))
+            A = observed["A"][i] / safe.reshape(-1, *[1] * (observed["A"][i].dim() - 1))
             if float(count[i]) == 0:
                 new.add(i)
             ticks = count[i].clone()
@@ -410,32 +358,11 @@ class KroneckerEstimator(Estimator):
         return layout
 
 
-def positions(rows: Tensor, diagonal_input: bool) -> tuple[int, ...]:
-    """The shape of the positions of (groups, lead, d) rows, or of (groups, lead) indices; one position at least."""
-    lead = tuple(rows.shape[1:] if diagonal_input else rows.shape[1:-1])
-    return lead or (1,)
-
-
-def check_trace(layout: Layout, trace: Trace, params: Sequence[Tensor]) -> None:
-    """Refuse a graph in which a block's parameters were used where its modules did not see it.
-
-    Raises:
-        RuntimeError: naming the modules and the remedy.
-    """
-    if trace.opaque:
-        raise RuntimeError(
-            f"the graph hides its layers behind {trace.opaque[0]}: use activation checkpointing with "
-            "use_reentrant=False, and give the optimizer the model before torch.compile"
+def refuse_coupled_samples(model: nn.Module) -> None:
+    """Refuse batch norm in training mode: every sample's output then depends on all samples."""
+    name = coupled_by_batch_norm(model)
+    if name is not None:
+        raise ValueError(
+            f"batch norm {name!r} is in training mode, where samples depend on each other and have no curvature of "
+            "their own: freeze its statistics with .eval(), or use a norm that treats samples alone (GroupNorm)"
         )
-    for block in layout.blocks:
-        calls = sum(len(trace.calls.get(m, ())) for m in block.modules)
-        for i in block.members:
-            uses = len(trace.uses.get(id(params[i]), ()))
-            if uses not in (0, calls):
-                names = ", ".join(repr(m) for m in block.modules)
-                raise RuntimeError(
-                    f"parameter {layout.names[i]!r} is used {uses} times in this loss, but {calls} calls of {names} "
-                    "were seen: it is used outside its module (a functional call, a hook, a forward pass before the "
-                    f"optimizer was built). Call the module, or pass exclude=({block.modules[0]!r},) to treat it by "
-                    "the diagonal"
-                )

@@ -57,12 +57,20 @@ def row_weights(weights: Tensor, lead: Sequence[int], where: str) -> Tensor:
     )
 
 
-def by_sample(lead: Sequence[int], weights: Tensor, where: str) -> tuple[int, int]:
-    """(N, R): how the positions of a layer divide into samples, for ``sharing="reduce"``."""
-    samples = weights.shape[0] if weights.dim() else 1
-    count = math.prod(lead)
+def sample_count(weights: Tensor) -> int:
+    """N, from the weights of the positions of z."""
+    return weights.shape[0] if weights.dim() else 1
+
+
+def samples_of(lead: Sequence[int], weights: Tensor, where: str) -> int:
+    """N, after checking that the positions of a layer divide into samples, for ``sharing="reduce"``.
+
+    Raises:
+        ValueError: where dim 0 of the layer is neither samples nor all positions of z.
+    """
+    samples = sample_count(weights)
     if (lead and lead[0] == samples) or (tuple(lead) == (weights.numel(),)) or samples == 1:
-        return samples, count // samples
+        return samples
     raise ValueError(
         f'{where} was called with positions of shape {tuple(lead)} for {samples} samples, so sharing="reduce" cannot '
         'sum over the positions of a sample: keep the samples in dim 0, or use sharing="expand"'

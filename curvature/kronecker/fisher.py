@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from curvature.kronecker.output_curvature import OutputCurvature
+from curvature.kronecker.output_curvature import MAX_CLASSES, OutputCurvature
 from curvature.loss_graph import LossGraph
 from curvature.probes import generator
 
@@ -43,16 +43,40 @@ class Column:
 
 
 def columns(
-    kind: FisherKind, graph: LossGraph, found: OutputCurvature, samples: int, seed: int, step: int
+    kind: FisherKind,
+    graph: LossGraph,
+    found: OutputCurvature,
+    samples: int,
+    seed: int,
+    draw: int,
+    own_weights: Tensor | None = None,
 ) -> Iterator[Column]:
-    """The vectors V_k of one loss; each is one backward pass, without weight gradients."""
+    """The vectors V_k of one loss; each is one backward pass, without weight gradients.
+
+    Args:
+        kind: which Fisher.
+        graph: the loss.
+        found: its curvature at the outputs.
+        samples: K, for ``"mc"``.
+        seed: of labels and signs.
+        draw: the number of the first draw of this loss.
+        own_weights: c of every sample, for ``"empirical"``, where the caller knows it.
+
+    Raises:
+        ValueError: where C is too large for a backward pass each.
+    """
     if kind == "forward-only":
         return iter(())
     if kind == "empirical":
-        return _empirical(graph, found)
+        return _empirical(graph, found, own_weights)
     if kind == "mc":
-        return _sampled(graph, found, samples, generator(seed, step, found.z.device))
-    return _factor_columns(graph, found, generator(seed, step, found.z.device))
+        return _sampled(graph, found, samples, seed, draw)
+    if found.z.shape[-1] > MAX_CLASSES:
+        raise ValueError(
+            f"fisher='type-2' sends back one vector a class, and there are {found.z.shape[-1]} classes (more than "
+            f"{MAX_CLASSES}): use fisher='mc' with a few samples"
+        )
+    return _factor_columns(graph, found, generator(seed, draw, found.z.device))
 
 
 def sample_weights(weights: Tensor) -> Tensor:
@@ -88,7 +112,7 @@ def _factor_columns(graph: LossGraph, found: OutputCurvature, random: torch.Gene
 
 def _root(found: OutputCurvature) -> Tensor:
     """S_n with H_n = S_n S_nᵀ, (lead, C, C)."""
-    z, C = found.z, found.z.shape[-1]
+    z = found.z
     if found.blocks is not None:
         values, vectors = torch.linalg.eigh((found.blocks + found.blocks.mT) / 2)
         size = values.abs().amax()
@@ -99,44 +123,47 @@ def _root(found: OutputCurvature) -> Tensor:
             )
         root: Tensor = vectors * values.clamp(min=0.0).sqrt().unsqueeze(-2)
         return root
-    weight = found.weights.sqrt().unsqueeze(-1).unsqueeze(-1)
-    if found.likelihood == "categorical":
-        p = torch.softmax(z, -1)
-        # diag(p) - p pᵀ = S Sᵀ for S = diag(√p) - p √pᵀ, since Σ p = 1
-        return weight * (torch.diag_embed(p.sqrt()) - p.unsqueeze(-1) * p.sqrt().unsqueeze(-2))
-    if found.likelihood == "bernoulli":
-        s = torch.sigmoid(z)
-        return weight * torch.diag_embed((s * (1 - s)).sqrt())
-    return weight * torch.eye(C, dtype=z.dtype, device=z.device)
+    assert found.known is not None
+    weight = found.layout.last(found.known.weights).sqrt()
+    if found.known.likelihood == "gaussian":
+        return torch.diag_embed(weight.expand(z.shape))
+    if found.known.likelihood == "bernoulli":
+        return torch.diag_embed(weight * (torch.sigmoid(z) * torch.sigmoid(-z)).sqrt())
+    p = torch.softmax(z, -1)
+    # diag(p) - p pᵀ = S Sᵀ for S = diag(√p) - p √pᵀ, since Σ p = 1
+    factor: Tensor = torch.diag_embed(p.sqrt()) - p.unsqueeze(-1) * p.sqrt().unsqueeze(-2)
+    return weight.unsqueeze(-1) * factor
 
 
 def _sampled(
-    graph: LossGraph, found: OutputCurvature, samples: int, random: torch.Generator
+    graph: LossGraph, found: OutputCurvature, samples: int, seed: int, draw: int
 ) -> Iterator[Column]:
-    """√(c_n/K) (∂/∂z of the negative log-likelihood of a label drawn from the model)."""
-    z = found.z
-    scale = (found.weights / samples).sqrt().unsqueeze(-1)
-    for _ in range(samples):
-        if found.likelihood == "categorical":
-            p = torch.softmax(z, -1)
-            label = torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=random).reshape(
-                *p.shape[:-1], 1
-            )
-            score = p.scatter_add(-1, label, torch.full_like(label, -1, dtype=p.dtype))
-        elif found.likelihood == "bernoulli":
-            s = torch.sigmoid(z)
-            score = s - torch.bernoulli(s, generator=random)
-        else:
-            score = torch.randn(z.shape, generator=random, dtype=z.dtype, device=z.device)
-        yield Column(_back(graph, found, scale * score))
+    """√(c_n/K) times the score of a label drawn from the model."""
+    assert found.known is not None
+    for k in range(samples):
+        sigma = found.known.draw(seed, draw + k) / math.sqrt(samples)
+        yield Column(sigma.to(graph.output.dtype))
 
 
-def _empirical(graph: LossGraph, found: OutputCurvature) -> Iterator[Column]:
+def _empirical(graph: LossGraph, found: OutputCurvature, own_weights: Tensor | None) -> Iterator[Column]:
     """u_n / √c_n, with c_n of the whole sample: a sequence is one sample."""
     u = found.layout.last(graph.output_gradient().detach()).to(found.z.dtype)
-    c = sample_weights(found.weights)
+    c = own_sample_weights(found) if own_weights is None else own_weights.to(u.device, u.dtype)
     root = torch.where(c > 0, c, torch.ones_like(c)).rsqrt() * (c > 0)
     yield Column(_back(graph, found, u * root.reshape(-1, *[1] * (u.dim() - 1))))
+
+
+def own_sample_weights(found: OutputCurvature) -> Tensor:
+    """c_n with which sample n's own mean loss enters the batch's, as far as the graph tells.
+
+    A categorical position counts with its c. Elementwise losses are means over elements, so a sample counts with
+    the sum of its elements' c, halved for a square, whose second derivative is 2. So a mean over N samples gives 1/N.
+    """
+    assert found.known is not None
+    if found.known.likelihood == "categorical":
+        return sample_weights(found.weights)
+    total = sample_weights(found.weights) * found.z.shape[-1]
+    return total / 2 if found.known.likelihood == "gaussian" else total
 
 
 def _back(graph: LossGraph, found: OutputCurvature, v: Tensor) -> Tensor:

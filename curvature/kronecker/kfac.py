@@ -28,8 +28,8 @@ class KFAC(KroneckerEstimator):
             or are first brought to one row (``"reduce"``, exact for a loss on their mean).
         samples: labels drawn a sample, with ``fisher="mc"``.
         seed: of the drawn labels; step t draws the same ones after a resume.
-        likelihood: ``"categorical"``, ``"gaussian"`` or ``"bernoulli"``, what the loss is the negative log of;
-            ``None`` reads it from the loss's own curvature.
+        likelihood: ``"categorical"``, ``"gaussian"`` or ``"bernoulli"``: what the loss is the negative logarithm of,
+            for ``"mc"`` and ``"empirical"``; ``None`` reads it from the loss's own curvature.
         beta: decay of the running means of A and G, in [0, 1); bias-corrected.
         factor_interval: steps between measurements of A and G, >= 1.
         inverse_interval: steps between eigendecompositions of a layer, >= 1; layers take turns.

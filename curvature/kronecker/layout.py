@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from curvature.kronecker.rules import Dims, LayerRule, rule_for
+from curvature.kronecker.rules import Dims, LayerRule, ScaleRule, rule_for
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,21 @@ class Block:
 
 
 @dataclass(frozen=True)
+class ScaleLayer:
+    """A layer of scales and shifts, whose diagonal comes from its own inputs.
+
+    Args:
+        rule: how it is read.
+        module: its name.
+        parameters: the names of its trained parameters, and their indices.
+    """
+
+    rule: ScaleRule
+    module: str
+    parameters: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
 class Layout:
     """The blocks of a model, and what is left to the diagonal.
 
@@ -64,6 +79,7 @@ class Layout:
         shapes: their shapes.
         blocks: Kronecker blocks.
         diagonal: indices of the parameters treated by the diagonal.
+        scales: those of them whose diagonal has a rule.
         reasons: for what fell back, why: ``"'norm' (LayerNorm)": "no rule"``.
     """
 
@@ -71,12 +87,14 @@ class Layout:
     shapes: tuple[torch.Size, ...]
     blocks: tuple[Block, ...]
     diagonal: tuple[int, ...]
+    scales: tuple[ScaleLayer, ...] = ()
     reasons: dict[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def watched(self) -> tuple[str, ...]:
         """The modules whose calls must be recorded."""
-        return tuple(dict.fromkeys(m for b in self.blocks for m in b.modules))
+        blocks = [b.rule.watch(m) for b in self.blocks for m in b.modules]
+        return tuple(dict.fromkeys([*blocks, *(s.module for s in self.scales)]))
 
 
 @dataclass
@@ -115,36 +133,49 @@ def build_layout(
     if unknown:
         raise ValueError(f"exclude must name modules of the model, got {unknown[0]!r}")
     uses: list[_Use] = []
+    scales: list[ScaleLayer] = []
     reasons: dict[str, str] = {}
-    claimed: set[int] = set()
     for name, module in modules.items():
         own = [index[id(p)] for p in module._parameters.values() if p is not None and id(p) in index]
         if not own:
             continue
         label = f"{name or 'the model'!r} ({type(module).__name__})"
-        use, reason = _use(name, module, index, exclude, max_dim)
+        rule = rule_for(module)
+        if isinstance(rule, ScaleRule):
+            held = {
+                n: index[id(p)] for n, p in module._parameters.items() if p is not None and id(p) in index
+            }
+            known = tuple((n, i) for n, i in held.items() if n in (rule.scale, rule.shift))
+            scales.append(ScaleLayer(rule, name, known))
+            continue
+        use, reason = _use(name, module, rule, index, exclude, max_dim)
         if use is None:
             reasons[label] = reason
             continue
         uses.append(use)
-        claimed.update(i for i in (use.weight, use.bias) if i is not None)
         if any(i not in (use.weight, use.bias) for i in own):
             reasons[label] = "parameters that its rule does not know"
     blocks = _merge(uses, reasons)
     covered = {i for b in blocks for i in b.members}
-    names = tuple(named[id(p)] for p in params)
-    shapes = tuple(p.shape for p in params)
-    return Layout(
-        names, shapes, tuple(blocks), tuple(i for i in range(len(params)) if i not in covered), reasons
-    )
+    rest = tuple(i for i in range(len(params)) if i not in covered)
+    shared = [i for s in scales for _, i in s.parameters]
+    alone = [
+        s for s in scales if s.parameters and all(shared.count(i) == 1 and i in rest for _, i in s.parameters)
+    ]
+    names, shapes = tuple(named[id(p)] for p in params), tuple(p.shape for p in params)
+    return Layout(names, shapes, tuple(blocks), rest, tuple(alone), reasons)
 
 
 def _use(
-    name: str, module: nn.Module, index: dict[int, int], exclude: Sequence[str], max_dim: int | None
+    name: str,
+    module: nn.Module,
+    rule: LayerRule | None,
+    index: dict[int, int],
+    exclude: Sequence[str],
+    max_dim: int | None,
 ) -> tuple[_Use | None, str]:
     if any(name == e or name.startswith(e + ".") for e in exclude):
         return None, "excluded"
-    rule = rule_for(module)
     if rule is None:
         return None, "no rule"
     weight, bias = (module._parameters.get(n) if n else None for n in (rule.weight, rule.bias))

@@ -7,10 +7,14 @@ such maps side by side (a grouped convolution) are one batched block.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from curvature.layer_io import Trace
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,32 @@ class Dims:
     d_in: int
 
 
+@dataclass(frozen=True)
+class BlockCall:
+    """One use of a block's weight.
+
+    Args:
+        module: the module, and its name.
+        name: see ``module``.
+        inputs: what the rule's ``input_rows`` reads.
+        edge: where the gradient is taken that the rule's ``gradient_rows`` reads.
+        shape: the shape of that gradient.
+        groups: which groups of the block take part, from and up to; ``None`` for all.
+    """
+
+    module: nn.Module
+    name: str
+    inputs: tuple[Tensor, ...]
+    edge: GradientEdge
+    shape: tuple[int, ...]
+    groups: tuple[int, int] | None = None
+
+    @property
+    def at(self) -> slice:
+        """The groups as an index."""
+        return slice(None) if self.groups is None else slice(*self.groups)
+
+
 class LayerRule:
     """How one kind of layer becomes a Kronecker block; the defaults are those of ``torch.nn.Linear``.
 
@@ -31,7 +61,8 @@ class LayerRule:
         layers: the layer classes, or their full names where importing them would cost (``"package.Class"``).
         weight: the name of the weight parameter.
         bias: the name of the bias parameter.
-        diagonal_input: whether a aᵀ is diagonal (one-hot inputs); then rows of inputs are *indices*, never vectors.
+        diagonal_input: whether a aᵀ is diagonal (one-hot inputs); then rows of inputs are *indices* (groups, lead),
+            a negative one a row of zeros.
     """
 
     layers: ClassVar[tuple[type[nn.Module] | str, ...]] = ()
@@ -63,3 +94,41 @@ class LayerRule:
     def from_matrix(self, matrix: Tensor, like: Tensor) -> Tensor:
         """The inverse of :meth:`to_matrix`; ``like`` has the weight's shape."""
         return matrix.reshape(like.shape)
+
+    def watch(self, name: str) -> str:
+        """The module whose calls must be recorded: itself, unless its parent uses its weight."""
+        return name
+
+    def calls(self, name: str, modules: Mapping[str, nn.Module], trace: Trace) -> list[BlockCall]:
+        """The uses of a module's weight in one loss; the default is one a recorded call."""
+        found = []
+        for call in trace.calls.get(name, ()):
+            call.record.check_unchanged()
+            inputs = (*call.record.inputs, *call.record.keywords.values())
+            found.append(BlockCall(modules[name], name, inputs, call.edge, tuple(call.record.shape)))
+        return found
+
+
+class ScaleRule:
+    """A layer y = scale ∘ x̂ + shift, with x̂ free of parameters: its exact diagonal comes from x̂ and the gradient of y.
+
+    Attributes:
+        layers: the layer classes, or their full names.
+        scale: the name of the parameter that multiplies x̂.
+        shift: the name of the parameter that is added.
+    """
+
+    layers: ClassVar[tuple[type[nn.Module] | str, ...]] = ()
+    scale: ClassVar[str] = "weight"
+    shift: ClassVar[str] = "bias"
+
+    def check_call(self, module: nn.Module, name: str) -> None:
+        """Raise where the module's present mode makes samples depend on each other."""
+
+    def normalised(self, module: nn.Module, x: Tensor) -> Tensor:
+        """x̂, shaped like the output."""
+        raise NotImplementedError
+
+    def terms(self, module: nn.Module, product: Tensor) -> Tensor:
+        """A tensor shaped like the output with the parameter's axes last, (N, …, parameter's shape)."""
+        raise NotImplementedError

@@ -11,7 +11,7 @@ from curvature.kronecker.rules.registry import register_rule
 class LinearRule(LayerRule):
     """``torch.nn.Linear``; every axis but the last is a position."""
 
-    layers = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    layers = (nn.Linear,)
 
 
 register_rule(LinearRule())

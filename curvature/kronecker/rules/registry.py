@@ -6,12 +6,14 @@ from typing import Any
 
 from torch import nn
 
-from curvature.kronecker.rules.base import LayerRule
+from curvature.kronecker.rules.base import LayerRule, ScaleRule
 
-_rules: dict[type[nn.Module] | str, LayerRule] = {}
+Rule = LayerRule | ScaleRule
+
+_rules: dict[type[nn.Module] | str, Rule] = {}
 
 
-def register_rule(rule: LayerRule) -> None:
+def register_rule(rule: Rule) -> None:
     """Make a layer rule known to every Kronecker estimator that is built afterwards.
 
     Args:
@@ -31,7 +33,7 @@ def _forward(kind: type) -> Any:
     return getattr(kind, "forward", None)
 
 
-def rule_for(module: nn.Module) -> LayerRule | None:
+def rule_for(module: nn.Module) -> Rule | None:
     """The rule of a module's class, or of the class from which it inherits ``forward`` unchanged.
 
     >>> rule_for(nn.Linear(2, 3)).weight

@@ -1,0 +1,225 @@
+"""The statistics of one loss: walk its graph once, read inputs, send each column back once, add up.
+
+Legend: see :mod:`curvature.kronecker.factors` and :mod:`curvature.kronecker.fisher`. Everything returned is additive in
+the loss: A = Σ w a aᵀ, mass = Σ w, G = Σ g gᵀ, diagonal = Σ_n (∂/∂θ)².
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from curvature.kronecker import factors
+from curvature.kronecker.factors import Sharing
+from curvature.kronecker.fisher import Column
+from curvature.kronecker.layout import Block, Layout, ScaleLayer
+from curvature.kronecker.output_curvature import OutputCurvature
+from curvature.kronecker.rules import BlockCall
+from curvature.layer_io import Trace
+from curvature.loss_graph import LossGraph
+from curvature.vectors import compute_dtype
+
+
+@dataclass(frozen=True)
+class BlockCalls:
+    """Every use of a block's weight in one loss."""
+
+    block: Block
+    calls: tuple[BlockCall, ...]
+
+    def by_groups(self) -> list[list[int]]:
+        """Indices of calls that address the same groups."""
+        alike: dict[tuple[int, int] | None, list[int]] = {}
+        for k, call in enumerate(self.calls):
+            alike.setdefault(call.groups, []).append(k)
+        return list(alike.values())
+
+
+@dataclass(frozen=True)
+class ScaleCalls:
+    """Every use of a layer of scales and shifts in one loss, with x̂ of every call."""
+
+    layer: ScaleLayer
+    calls: tuple[BlockCall, ...]
+    normalised: tuple[Tensor, ...]
+    samples: int
+
+    def add_squares_(self, into: Mapping[int, Tensor], gradients: Sequence[Tensor | None]) -> None:
+        """diagonal += Σ_n (Σ_calls Σ_positions g x̂)² for the scale, without x̂ for the shift."""
+        for name, i in self.layer.parameters:
+            total: Tensor | None = None
+            for call, x, g in zip(self.calls, self.normalised, gradients, strict=True):
+                if g is None:
+                    continue
+                g = g.reshape(call.shape).to(into[i].dtype)
+                product = g * x.to(g.dtype) if name == self.layer.rule.scale else g
+                terms = self.layer.rule.terms(call.module, product)
+                part = terms.reshape(self.samples, -1, into[i].numel()).sum(1)
+                total = part if total is None else total + part
+            if total is not None:
+                into[i].add_(total.square_().sum(0).reshape(into[i].shape))
+
+
+def scale_calls(
+    layout: Layout,
+    trace: Trace,
+    modules: Mapping[str, nn.Module],
+    params: Sequence[Tensor],
+    samples: int,
+) -> list[ScaleCalls]:
+    """The layers of scales and shifts all of whose uses were seen, with samples in dim 0; the rest falls back."""
+    found = []
+    for layer in layout.scales:
+        module = modules[layer.module]
+        recorded = trace.calls.get(layer.module, ())
+        if not recorded:
+            continue
+        layer.rule.check_call(module, layer.module)
+        calls, normalised = [], []
+        for call in recorded:
+            call.record.check_unchanged()
+            x = call.record.argument(0, "input")
+            calls.append(BlockCall(module, layer.module, (x,), call.edge, tuple(call.record.shape)))
+            normalised.append(layer.rule.normalised(module, x))
+        seen = all(len(trace.uses.get(id(params[i]), ())) in (0, len(calls)) for _, i in layer.parameters)
+        by_sample = all(c.shape and c.shape[0] == samples for c in calls)
+        if seen and by_sample:
+            found.append(ScaleCalls(layer, tuple(calls), tuple(normalised), samples))
+    return found
+
+
+def block_calls(
+    layout: Layout, trace: Trace, modules: Mapping[str, nn.Module], params: Sequence[Tensor]
+) -> list[BlockCalls]:
+    """The uses of every block's weight; refuses a graph in which some were not seen.
+
+    Raises:
+        RuntimeError: naming the modules and the remedy.
+    """
+    if trace.opaque:
+        raise RuntimeError(
+            f"the graph hides its layers behind {trace.opaque[0]}: use activation checkpointing with "
+            "use_reentrant=False, and give the estimator the model before torch.compile"
+        )
+    found = []
+    for block in layout.blocks:
+        calls = tuple(c for name in block.modules for c in block.rule.calls(name, modules, trace))
+        for i in block.members:
+            uses = len(trace.uses.get(id(params[i]), ()))
+            if uses not in (0, len(calls)):
+                names = ", ".join(repr(m) for m in block.modules)
+                raise RuntimeError(
+                    f"parameter {layout.names[i]!r} is used {uses} times in this loss, but {len(calls)} calls of "
+                    f"{names} were seen: it is used outside its module (a functional call, a hook, a forward pass "
+                    "before the estimator was initialised). Call the module, or pass "
+                    f"exclude=({block.modules[0]!r},) to treat it by the diagonal"
+                )
+        found.append(BlockCalls(block, calls))
+    return found
+
+
+def input_statistics(
+    used: BlockCalls, found: OutputCurvature, sharing: Sharing, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Σ w a aᵀ, (groups, size_in, size_in) or its diagonal, and Σ w, (groups,).
+
+    Args:
+        used: the calls of one block.
+        found: the weights of the outputs' positions.
+        sharing: how positions become rows.
+        like: gives dtype and device.
+    """
+    block = used.block
+    groups, size = block.dims.groups, block.size_in
+    A = like.new_zeros((groups, size) if block.diagonal_input else (groups, size, size))
+    mass = like.new_zeros(groups)
+    rows, weights = [], []
+    for call in used.calls:
+        a = block.rule.input_rows(call.module, call.inputs)
+        lead = positions(a.shape[1:] if block.diagonal_input else a.shape[1:-1])
+        w = factors.row_weights(found.weights, lead, repr(call.name)).to(like.dtype)
+        if not block.diagonal_input:
+            a = a.reshape(a.shape[0], math.prod(lead), a.shape[-1])
+            if sharing == "reduce":
+                factors.samples_of(lead, found.weights, repr(call.name))
+        rows.append(a)
+        weights.append(w.reshape(-1))
+    for members in used.by_groups():
+        at = used.calls[members[0]].at
+        some, masses = [rows[k] for k in members], [weights[k] for k in members]
+        if block.diagonal_input:
+            A[at] += factors.token_factor(some, masses, size)
+        else:
+            if sharing == "reduce":
+                means, c = factors.reduce_inputs(some, masses, factors.sample_count(found.weights))
+                some, masses = [means], [c]
+            A[at] += factors.input_factor(some, masses, block.weight is not None, block.bias is not None)
+        mass[at] += torch.stack([x.sum() for x in masses]).sum()
+    return A, mass
+
+
+def send_back_(
+    factors_into: Mapping[int, Tensor],
+    diagonal_into: Mapping[int, Tensor],
+    used: Sequence[BlockCalls],
+    scales: Sequence[ScaleCalls],
+    graph: LossGraph,
+    column: Column,
+    found: OutputCurvature,
+    sharing: Sharing,
+) -> None:
+    """G += Σ g gᵀ and diagonal += Σ_n (∂/∂θ)² for one vector sent back from the outputs.
+
+    Args:
+        factors_into: G by root parameter.
+        diagonal_into: the diagonal by parameter.
+        used: the calls of all blocks.
+        scales: the calls of layers of scales and shifts.
+        graph: the loss.
+        column: what is sent back.
+        found: the shape of the outputs' positions.
+        sharing: how positions become rows.
+
+    Cost: one backward pass without weight gradients.
+    """
+    edges = [call.edge for some in used for call in some.calls]
+    edges += [call.edge for scale in scales for call in scale.calls]
+    if not edges:
+        return
+    gradients: Sequence[Tensor | None] = torch.autograd.grad(
+        graph.output, edges, column.value, retain_graph=True, allow_unused=True
+    )
+    taken = iter(gradients)
+    for calls in used:
+        block = calls.block
+        rows: list[Tensor | None] = []
+        for call in calls.calls:
+            g = next(taken)
+            rows.append(None if g is None else block.rule.gradient_rows(call.module, g.reshape(call.shape)))
+        G = factors_into[block.root]
+        for members in calls.by_groups():
+            present = [r.to(G.dtype) for k in members if (r := rows[k]) is not None]
+            if present and sharing == "reduce" and not block.diagonal_input:
+                present = [factors.reduce_gradients(present, factors.sample_count(found.weights))]
+            for g in present:
+                at = calls.calls[members[0]].at
+                factors.gradient_factor_(G[at], g.reshape(g.shape[0], -1, g.shape[-1]))
+    for scale in scales:
+        scale.add_squares_(diagonal_into, [next(taken) for _ in scale.calls])
+
+
+def zeros(layout: Layout, shapes: Mapping[int, tuple[int, ...]], params: Sequence[Tensor]) -> list[Tensor]:
+    """Zeros of the given shapes, one tensor a parameter; without elements where none is given."""
+    return [
+        torch.zeros(shapes.get(i, (0,)), dtype=compute_dtype(p.dtype), device=p.device)
+        for i, p in enumerate(params)
+    ]
+
+
+def positions(lead: Iterable[int]) -> tuple[int, ...]:
+    """The shape of a layer's positions; a call without a batch is one position."""
+    return tuple(lead) or (1,)
