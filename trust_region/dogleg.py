@@ -35,7 +35,7 @@ class Dogleg:
     >>> Dogleg().solve(g, B, torch.tensor(100.0, dtype=torch.float64)).step
     [tensor([-4., -1.], dtype=torch.float64)]
 
-    Cost: one ``solve``, at most one product; waits for the host.
+    Cost: one ``solve``, one product; waits for the host.
     Reference: Powell 1970; Nocedal & Wright 2006, section 4.1.
     """
 
@@ -64,13 +64,13 @@ class Dogleg:
             raise ValueError(_indefinite("the Newton step is uphill"))
         norm_newton = float(vectors.norm(newton))
         newton_product = vectors.negative(vectors.add(gradient, newton, shift))
-        if norm_newton < bound:
-            return _solution(newton, newton_product, False, 0)
         Bg = curvature.matvec(gradient)
         bend = float(vectors.dot(gradient, Bg)) + shift * norm_g**2
         # On the plane of g and p_B the matrix is [[gᵀBg, -‖g‖²], [-‖g‖², -gᵀp_B]]: definite if its determinant is > 0.
         if bend <= 0 or bend * -slope < norm_g**4 * (1 - 1e-6):
             raise ValueError(_indefinite("the curvature is not positive on the dogleg's plane"))
+        if norm_newton < bound:
+            return _solution(newton, newton_product, False, 1)
         t = norm_g**2 / bend
         if not math.isfinite(t):
             zeros = [torch.zeros_like(g) for g in gradient]

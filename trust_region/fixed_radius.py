@@ -11,6 +11,7 @@ from torch import Tensor
 
 from curvature import vectors
 from curvature.protocols import State
+from trust_region import judgement
 from trust_region.protocols import Policy, Proposal, Verdict
 
 
@@ -31,6 +32,8 @@ class FixedRadius(Policy):
 
     radius: float = 1.0
     damping: float = 0.0
+
+    adapts = ()
 
     def __post_init__(self) -> None:
         if not self.radius > 0:
@@ -55,7 +58,7 @@ class FixedRadius(Policy):
         """Accepted, whatever came of it; only a loss that is not finite is refused."""
         return Verdict(
             accepted=torch.isfinite(actual_reduction),
-            ratio=actual_reduction
-            / proposal.predicted_reduction.clamp(min=torch.finfo(actual_reduction.dtype).tiny),
-            radius=cast(Tensor, state["radius"]),
+            ratio=judgement.ratio(actual_reduction, proposal.predicted_reduction),
+            radius=cast(Tensor, state["radius"]).clone(),
+            actual_reduction=actual_reduction,
         )

@@ -21,8 +21,8 @@ class RelativeBall(Shape):
     """{p : ‖p_i‖ <= Δ ‖θ_i‖ for every tensor i}.
 
     With ``fill=False`` the step is as in an :class:`L2Ball` of every tensor: exact for a diagonal B. With ``fill=True``
-    every tensor's step is -(B+λI)⁻¹g stretched or shrunk to exactly Δ‖θ_i‖: that is the layer-wise scaling of LARS and
-    LAMB, and its prediction is the linear model's.
+    every tensor's step is -(B+λI)⁻¹g (or -g where that would go uphill) stretched or shrunk to exactly Δ‖θ_i‖: that is
+    the layer-wise scaling of LARS and LAMB, and its prediction is the linear model's.
 
     Args:
         fill: as above.
@@ -80,7 +80,10 @@ class RelativeBall(Shape):
         radii = self.radii(gradient, radius, context)
         if not self.fill:
             return L2Ball(scope="tensor").minimise(state, gradient, curvature, radii, damping, context)
-        direction = curvature.solve(gradient, damping)
+        direction = [
+            torch.where(torch.linalg.vecdot(d.reshape(-1), g.reshape(-1)) > 0, d, g.to(d.dtype))
+            for d, g in zip(curvature.solve(gradient, damping), gradient, strict=True)
+        ]
         step = [
             to_length([d], torch.linalg.vector_norm(d), r)[0] for d, r in zip(direction, radii, strict=True)
         ]

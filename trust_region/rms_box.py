@@ -7,7 +7,7 @@ radius, s = Σg²/Σ(v̂+ε), F = (1+s)h, u = -p the step downhill. Equations of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from curvature import vectors
 from curvature.protocols import CurvatureEstimator, CurvatureOperator, State
 from curvature.running_mean import bias_corrected, check_beta
+from trust_region.projected import solve_then_project
 from trust_region.protocols import Solution, StepContext
 from trust_region.unbounded import Shape
 
@@ -55,6 +56,8 @@ class RmsBox(Shape):
     interior: bool = True
     rank_one_scale: bool = True
     beta: float = 0.999
+
+    shardable = True
 
     def __post_init__(self) -> None:
         check_beta(self.beta)
@@ -106,10 +109,10 @@ class RmsBox(Shape):
         if not self.interior:
             return adam_step(gradient, moment, d, self.eps)
         if not getattr(curvature, "is_diagonal", False):
-            newton = vectors.negative(curvature.solve(gradient, damping))
-            step = self.project(state, newton, gradient, curvature, radius, context)
-            inside = count_equal(step, newton)
-            return _solution(step, inside, {})
+            found = solve_then_project(self, state, gradient, curvature, radius, damping, context)
+            edge = self.steepest(state, gradient, curvature, radius, context)
+            inside = [torch.count_nonzero(p.abs() < e.abs()) for p, e in zip(found.step, edge, strict=True)]
+            return replace(_solution(found.step, inside, found.diagnostics), curvature_step=found.curvature_step)
         scale = self.curvature_scale(gradient, moment)
         step, inside = [], []
         for g, h, v, d_i, scale_i in zip(gradient, curvature.diagonal(), moment, d, scale, strict=True):
@@ -150,6 +153,19 @@ class RmsBox(Shape):
             clipped.append(torch.clamp(p, min=-half_width, max=half_width))
         return clipped
 
+    def steepest(
+        self,
+        state: State,
+        gradient: Sequence[Tensor],
+        curvature: CurvatureOperator,
+        radius: Tensor | Sequence[Tensor],
+        context: StepContext,
+    ) -> list[Tensor]:
+        """-d g / (√v̂ + ε): the corner of the box."""
+        moment = self.second_moment(state, curvature)
+        d = list(radius) if isinstance(radius, (list, tuple)) else [cast(Tensor, radius)] * len(moment)
+        return adam_step(gradient, moment, d, self.eps).step
+
 
 def adam_step(
     gradient: Sequence[Tensor], moment: Sequence[Tensor], radius: Sequence[Tensor], eps: float
@@ -160,11 +176,6 @@ def adam_step(
         denominator = v.sqrt().add_(eps)
         step.append(torch.div(g, denominator, out=denominator).mul_(-d.to(g.device)))
     return _solution(step, [torch.zeros((), dtype=torch.int64, device=step[0].device)], {})
-
-
-def count_equal(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
-    """How many elements are equal, for every tensor."""
-    return [torch.count_nonzero(x == y) for x, y in zip(a, b, strict=True)]
 
 
 def _is_nonzero(damping: Tensor | float) -> bool:

@@ -131,7 +131,8 @@ class SOAARadius(Policy):
             ratio, radius = self.adapted(d, P, *here)
             ratios.append(ratio)
             d.copy_(radius)
-            P.copy_(torch.where(here[2], predicted, P))
+            # a prediction that overflowed counts as none
+            P.copy_(torch.where(here[2], torch.nan_to_num(predicted, nan=0.0, posinf=0.0, neginf=0.0), P))
         return Verdict(
             accepted, ratios[0], radii[0].clone(), torch.where(finite, smoothed - loss, float("nan"))
         )
