@@ -1,5 +1,6 @@
 """What the loss surface looks like: curvature estimators, and the operators that they give."""
 
+from curvature.adahessian_diagonal import AdaHessianDiagonal
 from curvature.conjugate_gradient import ConjugateGradientResult, Outcome, conjugate_gradient
 from curvature.empirical_fisher import EmpiricalFisherDiagonal
 from curvature.estimate import estimate
@@ -25,10 +26,12 @@ from curvature.protocols import (
 )
 from curvature.registry import Registry, UnknownNameError, estimators
 from curvature.scipy_export import to_scipy
+from curvature.wrapped_diagonal import FlooredDiagonal, RootDiagonal
 
 __all__ = [
     "KFAC",
     "TRANSIENT",
+    "AdaHessianDiagonal",
     "ConjugateGradientResult",
     "ConvergenceError",
     "CurvatureEstimator",
@@ -36,6 +39,7 @@ __all__ = [
     "DiagonalOperator",
     "EmpiricalFisherDiagonal",
     "Estimator",
+    "FlooredDiagonal",
     "GaussNewton",
     "GradientVariance",
     "Hessian",
@@ -51,6 +55,7 @@ __all__ = [
     "Problem",
     "RankOneCorrectedDiagonal",
     "Registry",
+    "RootDiagonal",
     "SingularCurvatureError",
     "State",
     "Statistics",

@@ -63,6 +63,8 @@ class GradientVariance(Estimator):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
 
+    shardable = True
+
     def __post_init__(self) -> None:
         check_beta(self.betas[0], "betas[0]")
         if not 0.0 < self.betas[1] < 1.0:
@@ -105,7 +107,7 @@ class GradientVariance(Estimator):
         mean = bias_corrected(cast("list[Tensor]", state["mean"]), count, self.betas[0])
         variance = bias_corrected(cast("list[Tensor]", state["variance"]), count, self.betas[1])
         parts = [(m.square() / (v + self.eps)).sum() for m, v in zip(mean, variance, strict=True)]
-        return RankOneCorrectedDiagonal(variance, 1.0 + vectors.total(parts))
+        return RankOneCorrectedDiagonal(variance, 1.0 + vectors.total(vectors.completed(parts)))
 
 
 estimators.add("gradient-variance", GradientVariance)

@@ -1,0 +1,121 @@
+"""AdaHessian's curvature: the root mean square over time of the spatially averaged Hutchinson diagonal.
+
+Legend: h a signed Hutchinson estimate of diag(H), h̄ its average over a convolution's kernel, v the bias-corrected
+running mean of h̄², k the Hessian power.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from torch import Tensor
+
+from curvature.hutchinson import HutchinsonDiagonal
+from curvature.loss_graph import LossGraph
+from curvature.operators import DiagonalOperator
+from curvature.probes import Distribution
+from curvature.protocols import Estimator, Needs, Observation, State, Statistics
+from curvature.registry import estimators
+from curvature.running_mean import running_mean_
+
+
+@dataclass(frozen=True)
+class AdaHessianDiagonal(Estimator):
+    """diag(v^(k/2)): how large the Hessian's diagonal has been, its sign given up for stability.
+
+    The average over space and the square are taken of the whole estimate, all probes and micro-batches together:
+    absolute values taken earlier would count the probes' noise as curvature. Never negative, so it needs no region;
+    where it overestimates (a diagonal that changes sign) the step is only shorter.
+
+    Args:
+        beta: β₂, decay of the running mean of squares over refreshes, in [0, 1).
+        power: k in (0, 1], the Hessian power; 1 is the curvature itself.
+        probes: Hessian-vector products a refresh, >= 1.
+        distribution: of the probes, ``"rademacher"`` or ``"gaussian"``.
+        interval: steps between refreshes, >= 1.
+        spatial_average: average the estimate over each convolution kernel (dimensions after the second).
+        seed: of the probes.
+
+    >>> import torch
+    >>> from curvature import estimate
+    >>> model = torch.nn.Linear(1, 1, bias=False)
+    >>> B = estimate(AdaHessianDiagonal(), model, torch.nn.MSELoss(), [(torch.ones(1, 1), torch.ones(1, 1))])
+    >>> B.diagonal()
+    [tensor([[2.]])]
+
+    Cost: ``probes`` Hessian-vector products every ``interval`` steps; 4 bytes a float32 parameter of state.
+    Reference: Yao et al. 2021, AdaHessian, arXiv 2006.00719, equations (8), (10) and (12).
+    """
+
+    beta: float = 0.999
+    power: float = 1.0
+    probes: int = 1
+    distribution: Distribution = "rademacher"
+    interval: int = 1
+    spatial_average: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._hutchinson()  # checks what it takes
+        if not 0.0 < self.power <= 1.0:
+            raise ValueError(f"power must be in (0, 1], got {self.power}")
+
+    def _hutchinson(self) -> HutchinsonDiagonal:
+        return HutchinsonDiagonal(
+            beta=self.beta,
+            probes=self.probes,
+            distribution=self.distribution,
+            interval=self.interval,
+            seed=self.seed,
+        )
+
+    @property
+    def needs(self) -> Needs:
+        """Hessian-vector products."""
+        return self._hutchinson().needs
+
+    def init(self, params: Sequence[Tensor]) -> State:
+        """v = 0, and the counters of the Hutchinson estimate."""
+        state = self._hutchinson().init(params)
+        state["mean_square"] = state.pop("diagonal")
+        return state
+
+    def due(self, state: State) -> bool:
+        """Every ``interval`` steps, beginning with the first."""
+        return self._hutchinson().due(state)
+
+    def measure(self, state: State, graph: LossGraph) -> Statistics:
+        """h, signed."""
+        return self._hutchinson().measure(state, graph)
+
+    def update(self, state: State, seen: Observation) -> None:
+        """v ← β₂v + (1-β₂)h̄², bias-corrected, on refresh steps."""
+        state["step"] = cast(int, state["step"]) + 1
+        if not seen.statistics:
+            return
+        measured = cast("list[Tensor]", seen.statistics["diagonal"])
+        mean, count = cast("list[Tensor]", state["mean_square"]), cast("list[Tensor]", state["count"])
+        live = [i for i, g in enumerate(seen.gradient) if g is not None]
+        averaged = [over_space(measured[i]) if self.spatial_average else measured[i] for i in live]
+        running_mean_([mean[i] for i in live], [h.square() for h in averaged], [count[i] for i in live], self.beta)
+
+    def operator(self, state: State) -> DiagonalOperator:
+        """diag(v^(k/2))."""
+        return DiagonalOperator([v.pow(0.5 * self.power) for v in cast("list[Tensor]", state["mean_square"])])
+
+
+def over_space(h: Tensor) -> Tensor:
+    """The mean over a convolution's kernel, shaped like ``h``; matrices and vectors have no space (equation 10).
+
+    >>> import torch
+    >>> over_space(torch.tensor([[[1.0, 3.0]]]))
+    tensor([[[2., 2.]]])
+    """
+    if h.dim() <= 2:
+        return h
+    return h.mean(dim=tuple(range(2, h.dim())), keepdim=True).expand_as(h)
+
+
+estimators.add("adahessian-diagonal", AdaHessianDiagonal)

@@ -1,0 +1,147 @@
+"""A diagonal estimator with something done to its diagonal: Sophia's floor, LAMB's square root.
+
+Legend: h the diagonal of the wrapped estimator, β its decay, t the refreshes seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from torch import Tensor
+
+from curvature.loss_graph import LossGraph
+from curvature.operators import DiagonalOperator
+from curvature.protocols import CurvatureEstimator, Needs, Observation, State, Statistics
+from curvature.running_mean import bias_correction
+
+
+class WrappedDiagonal:
+    """Abstract: forwards everything to ``estimator`` but the diagonal; a subclass is a frozen dataclass with it."""
+
+    estimator: CurvatureEstimator
+
+    @property
+    def needs(self) -> Needs:
+        """As the wrapped estimator."""
+        return self.estimator.needs
+
+    @property
+    def keeps_graph(self) -> bool:
+        """As the wrapped estimator."""
+        return bool(getattr(self.estimator, "keeps_graph", False))
+
+    @property
+    def tracks_steps(self) -> bool:
+        """As the wrapped estimator."""
+        return bool(getattr(self.estimator, "tracks_steps", False))
+
+    def init(self, params: Sequence[Tensor]) -> State:
+        """The wrapped estimator's state."""
+        return self.estimator.init(params)
+
+    def due(self, state: State) -> bool:
+        """As the wrapped estimator."""
+        due = getattr(self.estimator, "due", None)
+        return True if due is None else bool(due(state))
+
+    def measure(self, state: State, graph: LossGraph) -> Statistics:
+        """As the wrapped estimator."""
+        measured: Statistics = self.estimator.measure(state, graph)  # type: ignore[attr-defined]
+        return measured
+
+    def update(self, state: State, seen: Observation) -> None:
+        """As the wrapped estimator."""
+        self.estimator.update(state, seen)
+
+    def operator(self, state: State) -> DiagonalOperator:
+        """The changed diagonal."""
+        operator = self.estimator.operator(state)
+        if not getattr(operator, "is_diagonal", False):
+            raise ValueError(
+                f"{type(self).__name__} changes a diagonal, and {type(self.estimator).__name__} gives a "
+                f"{type(operator).__name__}: wrap a diagonal estimator"
+            )
+        return DiagonalOperator(self.changed(state, operator.diagonal()))
+
+    def changed(self, state: State, diagonal: list[Tensor]) -> list[Tensor]:
+        """What the subclass makes of h."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class RootDiagonal(WrappedDiagonal):
+    """diag(√h): Adam's metric, from a curvature in units of squared gradients.
+
+    Args:
+        estimator: of a diagonal that is not negative, such as :class:`EmpiricalFisherDiagonal`.
+
+    >>> import torch
+    >>> from curvature import EmpiricalFisherDiagonal
+    >>> root = RootDiagonal(EmpiricalFisherDiagonal())
+    >>> state = root.init([torch.zeros(2)])
+    >>> root.update(state, Observation(gradient=[torch.tensor([3.0, -4.0])]))
+    >>> root.operator(state).diagonal()
+    [tensor([3., 4.])]
+
+    Cost: O(P), and no state of its own.
+    """
+
+    estimator: CurvatureEstimator
+
+    def changed(self, state: State, diagonal: list[Tensor]) -> list[Tensor]:
+        """√h."""
+        return [h.sqrt() for h in diagonal]
+
+
+@dataclass(frozen=True)
+class FlooredDiagonal(WrappedDiagonal):
+    """diag(max(γh, ε)): Sophia's denominator, positive whatever the sign of the curvature.
+
+    Where h is negative or small the step is m/ε, which a :class:`trust_region.Box` cuts to its radius: there the
+    method is sign descent.
+
+    Args:
+        estimator: of the diagonal h.
+        scale: γ > 0.
+        floor: ε > 0.
+        bias_corrected: ``False`` takes the correction 1/(1-βᵗ) out of h again: Sophia's running mean starts at zero
+            and is used as it is, so that its first steps are longer. It goes with estimators that correct by their
+            ``beta`` and keep a ``count``.
+
+    >>> import torch
+    >>> from curvature import EmpiricalFisherDiagonal
+    >>> floored = FlooredDiagonal(EmpiricalFisherDiagonal(), scale=0.5, floor=1.0)
+    >>> state = floored.init([torch.zeros(2)])
+    >>> floored.update(state, Observation(gradient=[torch.tensor([2.0, 1.0])]))
+    >>> floored.operator(state).diagonal()
+    [tensor([2.0000, 1.0000])]
+
+    Cost: O(P), and no state of its own.
+    Reference: Liu et al. 2023, Sophia, arXiv 2305.14342, equation (6) and algorithm 3.
+    """
+
+    estimator: CurvatureEstimator
+    scale: float = 1.0
+    floor: float = 1e-12
+    bias_corrected: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.scale > 0:
+            raise ValueError(f"scale must be > 0, got {self.scale}")
+        if not self.floor > 0:
+            raise ValueError(f"floor must be > 0, got {self.floor}")
+        if not self.bias_corrected and not hasattr(self.estimator, "beta"):
+            raise ValueError(f"bias_corrected=False needs an estimator with a beta, got {self.estimator!r}")
+
+    def changed(self, state: State, diagonal: list[Tensor]) -> list[Tensor]:
+        """max(γh, ε)."""
+        if self.bias_corrected:
+            return [(h * self.scale).clamp_(min=self.floor) for h in diagonal]
+        beta = cast(float, self.estimator.beta)  # type: ignore[attr-defined]
+        counts = cast("list[Tensor]", state["count"])
+        return [
+            (h * (self.scale * bias_correction(t, beta))).clamp_(min=self.floor)
+            for h, t in zip(diagonal, counts, strict=True)
+        ]
