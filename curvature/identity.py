@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor
 
 from curvature.operators import IdentityOperator
-from curvature.protocols import Estimator, Needs, Observation, State
+from curvature.protocols import TRANSIENT, Estimator, Needs, Observation, State
 from curvature.registry import estimators
 
 
@@ -33,16 +34,24 @@ class Identity(Estimator):
         """Nothing but the gradient."""
         return Needs.GRAD
 
+    shardable = True
+
     def init(self, params: Sequence[Tensor]) -> State:
-        """Expanded scalars stand for the shapes: no memory a parameter."""
-        return {"shape": [p.detach().new_empty(()).expand(p.shape) for p in params]}
+        """Expanded scalars stand for the shapes, for the time of a step: no memory a parameter, nothing to save."""
+        return {TRANSIENT: shapes_of(params)}
 
     def update(self, state: State, seen: Observation) -> None:
-        """Nothing to learn."""
+        """Nothing to learn but the shapes."""
+        state.setdefault(TRANSIENT, shapes_of(seen.parameters))
 
     def operator(self, state: State) -> IdentityOperator:
         """The identity."""
-        return IdentityOperator(state["shape"])  # type: ignore[arg-type]
+        return IdentityOperator(cast("list[Tensor]", state[TRANSIENT]))
+
+
+def shapes_of(params: Sequence[Tensor]) -> list[Tensor]:
+    """One element each, expanded to the shape."""
+    return [p.detach().new_empty(()).expand(p.shape) for p in params]
 
 
 estimators.add("identity", Identity)

@@ -57,6 +57,13 @@ def completed(parts: Sequence[Tensor]) -> list[Tensor]:
     return [y.to(x.device, x.dtype) for x, y in zip(parts, joined.unbind(), strict=True)]
 
 
+def any_of(flags: Sequence[Tensor]) -> Tensor:
+    """Whether any of the 0-d flags is set, here or on another shard; on the first one's device."""
+    first = flags[0]
+    here = torch.stack([x.to(first.device) for x in flags]).any()
+    return here if _over_shards is None else _over_shards(here.to(torch.float32), "max") > 0
+
+
 def fraction(count: Tensor, v: Vector) -> Tensor:
     """count / (the number of elements), both over all tensors and shards, as a 0-d tensor."""
     dtype = compute_dtype(v[0].dtype)

@@ -50,6 +50,8 @@ def regather(
     """The inverse of :func:`scatter`; ``template`` tells which entries are lists."""
     state: State = {}
     for key, value in template.items():
+        if key == TRANSIENT:
+            continue
         name = prefix + SEPARATOR + key
         if isinstance(value, list):
             state[key] = [local(source[p][name]) for p in params]

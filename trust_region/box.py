@@ -35,6 +35,7 @@ class Box(Shape):
     """
 
     scope = "tensor"
+    shardable = True
 
     def minimise(
         self,
@@ -59,11 +60,10 @@ class Box(Shape):
             step.append(p)
             clipped.append((p.abs() >= r).any())
             negative.append((~convex).any())
-        device = step[0].device
         return Solution(
             step=step,
-            on_boundary=torch.stack([c.to(device) for c in clipped]).any(),
-            negative_curvature=torch.stack([n.to(device) for n in negative]).any(),
+            on_boundary=vectors.any_of(clipped),
+            negative_curvature=vectors.any_of(negative),
         )
 
     def project(

@@ -49,8 +49,7 @@ def each(radius: Tensor | Sequence[Tensor], like: Sequence[Tensor]) -> list[Tens
 
 def changed(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """Whether any element differs, a 0-d bool on the first tensor's device."""
-    parts = [(x != y).any() for x, y in zip(a, b, strict=True)]
-    return torch.stack([p.to(parts[0].device) for p in parts]).any()
+    return vectors.any_of([(x != y).any() for x, y in zip(a, b, strict=True)])
 
 
 def choose(condition: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:

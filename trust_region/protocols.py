@@ -200,9 +200,13 @@ class RadiusPolicy(Protocol):
 
 
 class Policy:
-    """Base class of policies: no trial, no lag; inheriting is not required."""
+    """Base class of policies: no trial, no lag; inheriting is not required.
+
+    ``shardable`` says of any part that it works on shards of parameters; a policy, which sees only numbers, does.
+    """
 
     lagged: bool = False
+    shardable: bool = True
 
     @property
     def needs(self) -> Needs:

@@ -47,6 +47,7 @@ class SteihaugCG:
     tolerance: float | None = None
 
     regions = (L2Ball,)
+    shardable = True
 
     def __post_init__(self) -> None:
         if self.max_iterations is not None and self.max_iterations < 1:

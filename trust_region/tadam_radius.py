@@ -134,10 +134,8 @@ class TadamRadius(Policy):
             quadratic = vectors.dots(curvature.matvec(solution.step), solution.step)
         else:
             whole = vectors.total(linear)  # a² = a Σ a_i: every tensor's share is a a_i
-            quadratic = [
-                torch.dot((v * p).reshape(-1), p.reshape(-1)) + a * whole.to(a.device)
-                for v, p, a in zip(variance, solution.step, linear, strict=True)
-            ]
+            spread = vectors.dots([v * p for v, p in zip(variance, solution.step, strict=True)], solution.step)
+            quadratic = [b + a * whole.to(a.device) for a, b in zip(linear, spread, strict=True)]
         return [eta * (a - 0.5 * b) for eta, a, b in zip(lr, linear, quadratic, strict=True)]
 
     def review(self, state: State, proposal: Proposal, loss: Tensor | None) -> Verdict:

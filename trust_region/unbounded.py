@@ -41,6 +41,8 @@ class Unbounded(Shape):
     Cost: one ``solve``.
     """
 
+    shardable = True
+
     def minimise(
         self,
         state: State,
