@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 import tomllib
 import zlib
@@ -90,6 +91,9 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(collections|enum|dataclasses|pathlib|typing|types|abc|fractions|os)\..*"),
     # Names that annotations use unqualified, because they are imported for type checking only.
     (r"py:.*", r"(Tensor|Module|Parameter|Generator|Callable|Iterable|Iterator|Sequence|Mapping|Any|Path)"),
+    (r"py:.*", r"(ParamsT|ProcessGroup|LinearOperator)"),
+    # Aliases of literal types: the signature shows the alias, the docstring lists the values.
+    (r"py:.*", r"(.*\.)?(FisherKind|Sharing|Likelihood|Distribution|Scope)"),
     # Type variables and the state of an estimator or a policy, which each defines for itself.
     (r"py:.*", r"([A-Z]|State|.*\.(State|[A-Z]))"),
     (r"py:.*", r"optional"),
@@ -149,8 +153,18 @@ def whole_attribute_docstring(docstring: GoogleDocstring) -> tuple[str, list[str
     return "", docstring._dedent(docstring._consume_to_end())
 
 
+def escape_absolute_values(
+    app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
+) -> None:
+    """Let docstrings write `|p| <= 1`: reStructuredText would read a substitution."""
+    for number, line in enumerate(lines):
+        if "``" not in line and not line.lstrip().startswith((">>>", "...")):
+            lines[number] = re.sub(r"(?<!\\)\|(?=[^\s|])", r"\|", line)
+
+
 def setup(app: Sphinx) -> None:
     """Entry point of Sphinx."""
+    app.connect("autodoc-process-docstring", escape_absolute_values)
     pack_inventories()
     GoogleDocstring._consume_inline_attribute = whole_attribute_docstring
     app.connect("build-finished", copy_mathjax)
