@@ -7,10 +7,10 @@ from curvature.estimate import estimate
 from curvature.gradient_variance import GradientVariance, RankOneCorrectedDiagonal
 from curvature.hutchinson import HutchinsonDiagonal
 from curvature.identity import Identity
-from curvature.kronecker import KFAC
+from curvature.kronecker import EKFAC, KFAC
 from curvature.krylov_solve import ConvergenceError
 from curvature.loss_graph import LossGraph
-from curvature.matrix_free import GaussNewton, Hessian, MatrixFreeOperator
+from curvature.matrix_free import EmpiricalFisher, Fisher, GaussNewton, Hessian, MatrixFreeOperator
 from curvature.operators import DiagonalOperator, IdentityOperator, Operator
 from curvature.problem import Problem
 from curvature.protocols import (
@@ -29,6 +29,7 @@ from curvature.scipy_export import to_scipy
 from curvature.wrapped_diagonal import FlooredDiagonal, RootDiagonal
 
 __all__ = [
+    "EKFAC",
     "KFAC",
     "TRANSIENT",
     "AdaHessianDiagonal",
@@ -37,8 +38,10 @@ __all__ = [
     "CurvatureEstimator",
     "CurvatureOperator",
     "DiagonalOperator",
+    "EmpiricalFisher",
     "EmpiricalFisherDiagonal",
     "Estimator",
+    "Fisher",
     "FlooredDiagonal",
     "GaussNewton",
     "GradientVariance",

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from curvature import vectors
 from curvature.estimate import from_statistics
-from curvature.kronecker import fallback, measurement
-from curvature.kronecker.eigen import eigh_many
+from curvature.kronecker import fallback, learning, measurement
 from curvature.kronecker.factors import Sharing, sample_count
 from curvature.kronecker.fisher import FISHER_KINDS, FisherKind, columns
 from curvature.kronecker.layout import Block, Layout, build_layout
+from curvature.kronecker.learning import held
 from curvature.kronecker.operator import Eigenblock, KroneckerOperator
 from curvature.kronecker.output_curvature import (
     LIKELIHOODS,
@@ -33,7 +33,7 @@ from curvature.loss_graph import LossGraph
 from curvature.loss_weights import sample_weights
 from curvature.problem import Evaluation, Problem
 from curvature.protocols import Estimator, Needs, Observation, State, Statistics
-from curvature.running_mean import check_beta, running_mean_
+from curvature.running_mean import check_beta
 from curvature.side_effects import coupled_by_batch_norm
 
 
@@ -99,8 +99,7 @@ class KroneckerEstimator(Estimator):
     def init(self, params: Sequence[Tensor]) -> State:
         """Zero factors, and hooks in the model."""
         layout = self._layout(params)
-        if self._live.recorder is not None:
-            self._live.recorder.enabled = True
+        self._record_always()
         state: State = {"step": 0, "draws": 0, "count": [vectors.scalar_like([p]) for p in params]}
         sizes: dict[str, dict[int, tuple[int, ...]]] = {key: {} for key in self._keys()}
         for block in layout.blocks:
@@ -116,7 +115,7 @@ class KroneckerEstimator(Estimator):
         return state
 
     def _keys(self) -> tuple[str, ...]:
-        return ("A", "G", "A_vectors", "A_values", "G_vectors", "G_values", "diagonal")
+        return learning.KEYS
 
     def _shapes(self, block: Block) -> dict[str, tuple[int, ...]]:
         groups, d_out, d_in = block.dims.groups, block.dims.d_out, block.size_in
@@ -166,16 +165,20 @@ class KroneckerEstimator(Estimator):
         """One shot over batches; the samples' own weights are then known from the loss itself."""
 
         def measure(state: State, evaluation: Evaluation) -> Statistics:
-            own: Tensor | None = None
-            if self.fisher == "empirical":
-                own = sample_weights(
-                    problem.loss_fn, evaluation.outputs, evaluation.target, problem.weight_fn
-                )
-            return self._measure(state, evaluation.graph, own)
+            return self._measure(state, evaluation.graph, self._own_weights(problem, evaluation))
 
         operator = from_statistics(self, problem, measure)
         assert isinstance(operator, KroneckerOperator)
         return operator
+
+    def _own_weights(self, problem: Problem, evaluation: Evaluation) -> Tensor | None:
+        if self.fisher != "empirical":
+            return None
+        return sample_weights(problem.loss_fn, evaluation.outputs, evaluation.target, problem.weight_fn)
+
+    def _record_always(self) -> None:
+        if self._live.recorder is not None:
+            self._live.recorder.enabled = True
 
     def measure(self, state: State, graph: LossGraph) -> Statistics:
         """Σ w a aᵀ, Σ w and Σ g gᵀ of every block, and the exact diagonal of what has none."""
@@ -196,27 +199,19 @@ class KroneckerEstimator(Estimator):
         found = self._output_curvature(graph)
         samples = sample_count(found.weights)
         scales = measurement.scale_calls(layout, trace, modules, params, samples)
-        statistics = self._zeros(layout, params)
+        statistics = self._zeros(state, layout, params)
         A, mass = cast("list[Tensor]", statistics["A"]), cast("list[Tensor]", statistics["mass"])
         for calls in used:
             i = calls.block.root
             A[i], mass[i] = measurement.input_statistics(calls, found, self.sharing, A[i])
-        G, diagonal = cast("list[Tensor]", statistics["G"]), cast("list[Tensor]", statistics["diagonal"])
+        diagonal = cast("list[Tensor]", statistics["diagonal"])
+        into = self._accumulators(state, layout, statistics)
         scaled = {i for s in scales for _, i in s.layer.parameters}
         rest = [i for i in layout.diagonal if i not in scaled]
         draw = cast(int, state["draws"])  # state, so that a resumed run goes on where it stopped
         state["draws"] = draw + self.samples
         for column in columns(self.fisher, graph, found, self.samples, self.seed, draw, own_weights):
-            measurement.send_back_(
-                dict(enumerate(G)),
-                dict(enumerate(diagonal)),
-                used,
-                scales,
-                graph,
-                column,
-                found,
-                self.sharing,
-            )
+            measurement.send_back_(into, used, scales, graph, column, samples, self.sharing)
             if rest:
                 fallback.add_squares_([diagonal[i] for i in rest], graph, [params[i] for i in rest], column)
         if self.fisher == "forward-only":
@@ -224,13 +219,18 @@ class KroneckerEstimator(Estimator):
                 diagonal[i].fill_(1.0)
         return statistics
 
-    def _zeros(self, layout: Layout, params: Sequence[Tensor]) -> Statistics:
+    def _accumulators(self, state: State, layout: Layout, statistics: Statistics) -> measurement.Accumulators:
+        return measurement.Accumulators(
+            cast("list[Tensor]", statistics["G"]), cast("list[Tensor]", statistics["diagonal"])
+        )
+
+    def _zeros(self, state: State, layout: Layout, params: Sequence[Tensor]) -> Statistics:
         shapes: dict[str, dict[int, tuple[int, ...]]] = {
             key: {b.root: self._shapes(b).get(key, (0,)) for b in layout.blocks} for key in ("A", "G")
         }
         shapes["mass"] = {b.root: (b.dims.groups,) for b in layout.blocks}
         shapes["diagonal"] = {i: tuple(params[i].shape) for i in layout.diagonal}
-        return {key: measurement.zeros(layout, held, params) for key, held in shapes.items()}
+        return {key: measurement.zeros(layout, sizes, params) for key, sizes in shapes.items()}
 
     def _output_curvature(self, graph: LossGraph) -> OutputCurvature:
         needed = self.fisher in ("mc", "empirical")
@@ -247,13 +247,7 @@ class KroneckerEstimator(Estimator):
             observed = {k: cast("list[Tensor]", v) for k, v in seen.statistics.items()}
             live = {i for i, g in enumerate(seen.gradient) if g is not None}
             new = self._take(state, layout, observed, live)
-        turn = self.turns(layout)
-        due = [
-            block
-            for block, t in zip(layout.blocks, turn, strict=True)
-            if block.root in new or (step > 0 and (step - t) % self.inverse_interval == 0)
-        ]
-        self._refresh(state, due)
+        self._refresh(state, learning.due_blocks(layout, step, self.inverse_interval, new))
         state["step"] = step + 1
         if self._live.recorder is not None:
             self._live.recorder.enabled = self.due(state)
@@ -261,58 +255,10 @@ class KroneckerEstimator(Estimator):
     def _take(
         self, state: State, layout: Layout, observed: dict[str, list[Tensor]], live: set[int]
     ) -> set[int]:
-        """Running means of A = Σ w a aᵀ / Σ w, G and the diagonal; returns the roots of blocks new to this state."""
-        new = set()
-        count = cast("list[Tensor]", state["count"])
-        held = {k: cast("list[Tensor]", state[k]) for k in ("A", "G", "diagonal")}
-        for block in layout.blocks:
-            i = block.root
-            if not live.intersection(block.members):
-                continue
-            mass = observed["mass"][i]
-            safe = torch.where(mass > 0, mass, torch.ones_like(mass))
-            A = observed["A"][i] / safe.reshape(-1, *[1] * (observed["A"][i].dim() - 1))
-            if float(count[i]) == 0:
-                new.add(i)
-            ticks = count[i].clone()
-            running_mean_([held["A"][i]], [A], [count[i]], self.beta)
-            if held["G"][i].numel():
-                running_mean_([held["G"][i]], [observed["G"][i]], [ticks], self.beta)
-        for i in layout.diagonal:
-            if i in live:
-                running_mean_([held["diagonal"][i]], [observed["diagonal"][i]], [count[i]], self.beta)
-        return new
-
-    def turns(self, layout: Layout) -> list[int]:
-        """The step (modulo ``inverse_interval``) at which each block's eigenbasis is refreshed, balanced by cost."""
-        slots = self.inverse_interval
-        load = [0.0] * slots
-        turn = [0] * len(layout.blocks)
-        costs = [
-            b.dims.groups * (b.size_in**3 * (not b.diagonal_input) + b.dims.d_out**3) for b in layout.blocks
-        ]
-        for j in sorted(range(len(costs)), key=lambda j: -costs[j]):
-            turn[j] = min(range(slots), key=load.__getitem__)
-            load[turn[j]] += costs[j]
-        return turn
+        return learning.take_(state, layout, observed, live, self.beta)
 
     def _refresh(self, state: State, blocks: Sequence[Block]) -> None:
-        """New eigenbases for ``blocks``."""
-        s = {k: cast("list[Tensor]", state[k]) for k in self._keys()}
-        work: list[tuple[str, int]] = []
-        for block in blocks:
-            i = block.root
-            if block.diagonal_input:
-                s["A_values"][i].copy_(s["A"][i])
-            else:
-                work.append(("A", i))
-            if self.fisher == "forward-only":
-                s["G_values"][i].fill_(1.0)
-            else:
-                work.append(("G", i))
-        for (key, i), (values, basis) in zip(work, eigh_many([s[key][i] for key, i in work]), strict=True):
-            s[f"{key}_values"][i].copy_(values)
-            s[f"{key}_vectors"][i].copy_(basis)
+        learning.refresh_(state, blocks)
 
     # -- answering -------------------------------------------------------------------------------------------
 
@@ -323,7 +269,7 @@ class KroneckerEstimator(Estimator):
             self._like(state, layout),
             layout,
             [self._eigenblock(state, b) for b in layout.blocks],
-            cast("list[Tensor]", state["diagonal"]),
+            [d.clone() for d in held(state, "diagonal")],
             self._factored,
         )
 
@@ -332,16 +278,9 @@ class KroneckerEstimator(Estimator):
         return False
 
     def _eigenblock(self, state: State, block: Block) -> Eigenblock:
-        s = {k: cast("list[Tensor]", state[k])[block.root] for k in self._keys()}
-        values_A, values_G = s["A_values"], s["G_values"]
-        return Eigenblock(
-            block,
-            values_G.unsqueeze(-1) * values_A.unsqueeze(-2),
-            s["G_vectors"] if s["G_vectors"].numel() else None,
-            s["A_vectors"] if s["A_vectors"].numel() else None,
-            values_G,
-            values_A,
-        )
+        g, a = held(state, "G_values")[block.root], held(state, "A_values")[block.root]
+        Q_G, Q_A = learning.basis_of(state, block)
+        return Eigenblock(block, g.unsqueeze(-1) * a.unsqueeze(-2), Q_G, Q_A, g, a)
 
     def _like(self, state: State, layout: Layout) -> list[Tensor]:
         count = cast("list[Tensor]", state["count"])

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from curvature.kronecker import factors
+from curvature.kronecker import factors, moments
 from curvature.kronecker.factors import Sharing
 from curvature.kronecker.fisher import Column
 from curvature.kronecker.layout import Block, Layout, ScaleLayer
@@ -48,7 +48,7 @@ class ScaleCalls:
     normalised: tuple[Tensor, ...]
     samples: int
 
-    def add_squares_(self, into: Mapping[int, Tensor], gradients: Sequence[Tensor | None]) -> None:
+    def add_squares_(self, into: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
         """diagonal += Σ_n (Σ_calls Σ_positions g x̂)² for the scale, without x̂ for the shift."""
         for name, i in self.layer.parameters:
             total: Tensor | None = None
@@ -162,26 +162,41 @@ def input_statistics(
     return A, mass
 
 
+@dataclass(frozen=True)
+class Accumulators:
+    """Where the gradients of one loss are added up.
+
+    Args:
+        factors: G by root parameter.
+        diagonal: the diagonal by parameter.
+        moments: Σ_n (Q_Gᵀ ∇_n Q_A)² by root parameter, for the blocks that have eigenbases.
+        bases: (Q_G, Q_A) by root parameter, ``None`` for the identity.
+    """
+
+    factors: Sequence[Tensor]
+    diagonal: Sequence[Tensor]
+    moments: Mapping[int, Tensor] = field(default_factory=dict)
+    bases: Mapping[int, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
+
+
 def send_back_(
-    factors_into: Mapping[int, Tensor],
-    diagonal_into: Mapping[int, Tensor],
+    into: Accumulators,
     used: Sequence[BlockCalls],
     scales: Sequence[ScaleCalls],
     graph: LossGraph,
     column: Column,
-    found: OutputCurvature,
+    samples: int,
     sharing: Sharing,
 ) -> None:
-    """G += Σ g gᵀ and diagonal += Σ_n (∂/∂θ)² for one vector sent back from the outputs.
+    """Add Σ g gᵀ, squares and moments of one vector sent back from the outputs.
 
     Args:
-        factors_into: G by root parameter.
-        diagonal_into: the diagonal by parameter.
+        into: see there.
         used: the calls of all blocks.
         scales: the calls of layers of scales and shifts.
         graph: the loss.
         column: what is sent back.
-        found: the shape of the outputs' positions.
+        samples: N.
         sharing: how positions become rows.
 
     Cost: one backward pass without weight gradients.
@@ -200,16 +215,29 @@ def send_back_(
         for call in calls.calls:
             g = next(taken)
             rows.append(None if g is None else block.rule.gradient_rows(call.module, g.reshape(call.shape)))
-        G = factors_into[block.root]
+        G = into.factors[block.root]
         for members in calls.by_groups():
+            at = calls.calls[members[0]].at
             present = [r.to(G.dtype) for k in members if (r := rows[k]) is not None]
+            if block.root in into.moments and present:
+                Q_G, Q_A = into.bases[block.root]
+                moments.add_moments_(
+                    into.moments[block.root][at],
+                    block,
+                    [calls.calls[k] for k in members if rows[k] is not None],
+                    present,
+                    None if Q_G is None else Q_G[at],
+                    None if Q_A is None else Q_A[at],
+                    samples,
+                )
+            if not G.numel():
+                continue
             if present and sharing == "reduce" and not block.diagonal_input:
-                present = [factors.reduce_gradients(present, factors.sample_count(found.weights))]
+                present = [factors.reduce_gradients(present, samples)]
             for g in present:
-                at = calls.calls[members[0]].at
                 factors.gradient_factor_(G[at], g.reshape(g.shape[0], -1, g.shape[-1]))
     for scale in scales:
-        scale.add_squares_(diagonal_into, [next(taken) for _ in scale.calls])
+        scale.add_squares_(into.diagonal, [next(taken) for _ in scale.calls])
 
 
 def zeros(layout: Layout, shapes: Mapping[int, tuple[int, ...]], params: Sequence[Tensor]) -> list[Tensor]:

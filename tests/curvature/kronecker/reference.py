@@ -69,7 +69,9 @@ def literal_kfac(
         z, seen = capture(model, x[n : n + 1])
         H = output_hessian(z[0].detach())
         for layer, (a, y) in seen.items():
-            J = torch.stack([torch.autograd.grad(z[0, k], y, retain_graph=True)[0][0] for k in range(z.shape[1])])
+            J = torch.stack(
+                [torch.autograd.grad(z[0, k], y, retain_graph=True)[0][0] for k in range(z.shape[1])]
+            )
             row = a[0] if layer.bias is None else torch.cat([a[0], a.new_ones(1)])
             sums = layers.setdefault(layer, [a.new_zeros(())] * 2)
             sums[0] = sums[0] + weights[n] * torch.outer(row, row)

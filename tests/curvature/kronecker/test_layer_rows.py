@@ -13,7 +13,9 @@ from curvature.layer_io import Recorder
 from tests.curvature import dense
 
 
-def gradients_from_rows(model: nn.Module, output: Tensor, recorder: Recorder, seed: Tensor) -> list[tuple[Tensor, Tensor]]:
+def gradients_from_rows(
+    model: nn.Module, output: Tensor, recorder: Recorder, seed: Tensor
+) -> list[tuple[Tensor, Tensor]]:
     """(Σ g [a; 1]ᵀ from rows, the gradient by autograd) of every block."""
     params = dense.trainable(model)
     layout = build_layout(model, params)
@@ -98,7 +100,9 @@ TRANSPOSED = [
 @pytest.mark.parametrize("options", TRANSPOSED, ids=str)
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_transposed_convolutions(dims: int, options: dict[str, object]) -> None:
-    layer = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dims - 1](4, 8, (3, 2, 3)[:dims], **options)
+    layer = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dims - 1](
+        4, 8, (3, 2, 3)[:dims], **options
+    )
     check(layer, torch.randn(2, 4, *(5, 4, 4)[:dims]))
 
 

@@ -40,7 +40,15 @@ def cross_entropy_case(name: str) -> tuple[nn.Module, Tensor, Tensor]:
     return nn.CrossEntropyLoss(), probabilities, torch.full((6,), 1 / 6)
 
 
-CASES = ["mean", "sum", "class weights", "ignore_index", "class weights and ignore_index", "smoothing", "soft labels"]
+CASES = [
+    "mean",
+    "sum",
+    "class weights",
+    "ignore_index",
+    "class weights and ignore_index",
+    "smoothing",
+    "soft labels",
+]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -102,7 +110,10 @@ def test_class_axis_in_the_second_place() -> None:
     linear = nn.Sequential(nn.Linear(2, 3))
     linear[0].weight.data, linear[0].bias.data = model[0].weight.data.reshape(3, 2), model[0].bias.data
     rows = x.movedim(1, -1).reshape(-1, 2)
-    assert dense.relative_error(B, literal_kfac(linear, rows, torch.full((12,), 1 / 12), softmax_hessian)) < TIGHT
+    assert (
+        dense.relative_error(B, literal_kfac(linear, rows, torch.full((12,), 1 / 12), softmax_hessian))
+        < TIGHT
+    )
 
 
 def test_sampled_labels_approach_the_exact_fisher_at_the_root_of_their_number() -> None:
@@ -113,7 +124,9 @@ def test_sampled_labels_approach_the_exact_fisher_at_the_root_of_their_number() 
     def error(samples: int) -> float:
         errors = []
         for seed in range(8):
-            B = estimate(KFAC(model, fisher="mc", samples=samples, seed=seed), model, nn.CrossEntropyLoss(), [(x, y)])
+            B = estimate(
+                KFAC(model, fisher="mc", samples=samples, seed=seed), model, nn.CrossEntropyLoss(), [(x, y)]
+            )
             errors.append(float((B.to_dense() - exact).norm() / exact.norm()))
         return sum(errors) / len(errors)
 
@@ -126,7 +139,11 @@ def test_sampled_labels_approach_the_exact_fisher_at_the_root_of_their_number() 
 def test_sampled_labels_of_elementwise_likelihoods_are_unbiased(likelihood: str) -> None:
     model, x = network(2), torch.randn(6, 4)
     y = (torch.rand(6, 2) > 0.5).double()
-    loss_fn = nn.MSELoss() if likelihood == "gaussian" else nn.BCEWithLogitsLoss(pos_weight=torch.tensor([1.0, 3.0]))
+    loss_fn = (
+        nn.MSELoss()
+        if likelihood == "gaussian"
+        else nn.BCEWithLogitsLoss(pos_weight=torch.tensor([1.0, 3.0]))
+    )
     exact = estimate(KFAC(model), model, loss_fn, [(x, y)]).to_dense()
     kfac = KFAC(model, fisher="mc", samples=2000, likelihood=likelihood)
     B = estimate(kfac, model, loss_fn, [(x, y)]).to_dense()
@@ -137,7 +154,8 @@ def test_sampling_is_seeded_and_leaves_the_global_generator_alone() -> None:
     model, x, y = network(), torch.randn(6, 4), torch.tensor([0, 2, 1, 1, 0, 2])
     before = torch.get_rng_state()
     draws = [
-        estimate(KFAC(model, fisher="mc", seed=s), model, nn.CrossEntropyLoss(), [(x, y)]).to_dense() for s in (3, 3, 4)
+        estimate(KFAC(model, fisher="mc", seed=s), model, nn.CrossEntropyLoss(), [(x, y)]).to_dense()
+        for s in (3, 3, 4)
     ]
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(draws[0], draws[1])
