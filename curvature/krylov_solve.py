@@ -67,11 +67,11 @@ def _solve(product: Apply, b: Sequence[Tensor], damping: float | Tensor) -> list
         residual_norm = vectors.norm(vectors.add(b, apply(x), -1.0))
     scale = vectors.norm(apply(b)) / size  # a lower bound of ‖A‖
     length = vectors.norm(x)
-    if not bool(torch.isfinite(residual_norm) & torch.isfinite(length)):
+    if not bool(torch.isfinite(residual_norm + length + scale)):
         raise ConvergenceError("a product with this curvature is not finite: no solution")
     if bool(scale * length * epsilon * BACKWARD_ERROR > size):
         raise SingularCurvatureError("the damped curvature is singular; use a damping > 0 (or a larger one)")
-    if bool(residual_norm > BACKWARD_ERROR * epsilon * (scale * length + size)):
+    if not bool(residual_norm <= BACKWARD_ERROR * epsilon * (scale * length + size)):
         raise ConvergenceError(
             f"the solve ended ({result.outcome.value}) at a relative residual of {float(residual_norm / size):.1e}, "
             "short of working precision: the damped curvature is singular or nearly so; use a larger damping, or "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 from torch import Tensor
 
@@ -12,6 +12,8 @@ from curvature.matrix_free.operator import MatrixFreeOperator, summed
 from curvature.matrix_free.snapshot import Snapshot, accumulate
 from curvature.problem import Problem
 from curvature.protocols import TRANSIENT, Estimator, HessianProduct, Observation, State
+
+Memory: TypeAlias = dict[str, Any]
 
 
 class MatrixFreeEstimator(Estimator):
@@ -29,7 +31,7 @@ class MatrixFreeEstimator(Estimator):
 
     def update(self, state: State, seen: Observation) -> None:
         """Keep this step's products until its end."""
-        state[TRANSIENT] = MatrixFreeOperator(self.loop_product(seen), seen.parameters)
+        state[TRANSIENT] = MatrixFreeOperator(self.loop_product(state, seen), seen.parameters)
 
     def operator(self, state: State) -> MatrixFreeOperator:
         """Σ over this step's losses.
@@ -49,11 +51,12 @@ class MatrixFreeEstimator(Estimator):
     def estimate(self, problem: Problem) -> MatrixFreeOperator:
         """The operator of all batches of ``problem`` at its present θ, which it keeps."""
         snapshot = self.snapshot(problem)
+        memories = self.memories(snapshot)
 
         def product(v: Sequence[Tensor]) -> list[Tensor]:
             total: list[Tensor] | None = None
-            for index, (share, batch) in enumerate(snapshot.weighted()):
-                total = accumulate(total, self.snapshot_product(snapshot, index, batch, v), share)
+            for (share, batch), memory in zip(snapshot.weighted(), memories, strict=True):
+                total = accumulate(total, self.snapshot_product(snapshot, batch, memory, v), share)
             assert total is not None  # a problem has at least one batch
             return total
 
@@ -63,21 +66,30 @@ class MatrixFreeEstimator(Estimator):
         """The problem as the products see it."""
         return Snapshot(problem)
 
-    def loop_product(self, seen: Observation) -> HessianProduct:
+    def memories(self, snapshot: Snapshot) -> list[Memory]:
+        """What is known about every batch before the first product."""
+        return [{"index": index} for index in range(len(snapshot.batches))]
+
+    def loop_product(self, state: State, seen: Observation) -> HessianProduct:
         """The product of one step of an optimizer."""
         if not seen.graphs:
             raise RuntimeError(
                 f"{type(self).__name__} needs the graph of the loss: call optimizer.backward(loss, outputs) in place "
                 "of loss.backward()"
             )
-        return summed([self.graph_product(graph, index) for index, graph in enumerate(seen.graphs)])
+        return summed([self.graph_product(graph, {"index": index}) for index, graph in enumerate(seen.graphs)])
 
-    def graph_product(self, graph: LossGraph, index: int) -> HessianProduct:
-        """v ↦ B v of one loss."""
+    def graph_product(self, graph: LossGraph, memory: Memory) -> HessianProduct:
+        """v ↦ B v of one loss.
+
+        Args:
+            graph: its graph.
+            memory: what was measured on this loss for an earlier product; ``index`` tells which loss it is.
+        """
         raise NotImplementedError
 
     def snapshot_product(
-        self, snapshot: Snapshot, index: int, batch: tuple[Any, Any], v: Sequence[Tensor]
+        self, snapshot: Snapshot, batch: tuple[Any, Any], memory: Memory, v: Sequence[Tensor]
     ) -> list[Tensor]:
         """B v of one batch's loss."""
-        return snapshot.on_graph(batch, lambda graph: self.graph_product(graph, index)(v))
+        return snapshot.on_graph(batch, lambda graph: self.graph_product(graph, memory)(v))

@@ -15,59 +15,48 @@ from torch.autograd import forward_ad
 
 from curvature import vectors
 from curvature.loss_graph import LossGraph, explain_missing_derivative, output_tensor
-from curvature.matrix_free.estimator import MatrixFreeEstimator
+from curvature.matrix_free.estimator import MatrixFreeEstimator, Memory
 from curvature.matrix_free.hessian import Mode, check_mode, refuse_padding
 from curvature.matrix_free.snapshot import Snapshot
 from curvature.problem import Problem
-from curvature.protocols import HessianProduct, Needs, Observation
+from curvature.protocols import HessianProduct, Needs, Observation, State
 from curvature.registry import estimators
 
 
-@dataclass(frozen=True)
 class OutputSpaceEstimator(MatrixFreeEstimator):
-    """Jᵀ C J v in three steps: J v, C in output space, Jᵀ; a subclass says what C is.
+    """Jᵀ C J v in three steps: J v, C in output space, Jᵀ; a subclass says what C is, and how J v is computed."""
 
-    Args:
-        jvp: how J v is computed. ``"reverse"``: the derivative of u ↦ Jᵀu, kept from product to product.
-            ``"forward"``: dual numbers through the model; only in :func:`curvature.estimate`. ``"finite-difference"``:
-            central differences of outputs, for a model without a double backward; relative error about u^(2/3),
-            also only in :func:`curvature.estimate`. The step Jᵀ and the loss itself are exact in each.
-    """
-
-    jvp: Mode = "reverse"
-
-    def __post_init__(self) -> None:
-        check_mode(self.jvp, "jvp")
+    jvp: Mode
 
     @property
     def needs(self) -> Needs:
         """The graph of the loss and of the outputs."""
         return Needs.GRAD | Needs.GGN
 
-    def loop_product(self, seen: Observation) -> HessianProduct:
+    def loop_product(self, state: State, seen: Observation) -> HessianProduct:
         """Σ of the products of this step's losses."""
         if self.jvp != "reverse":
             raise ValueError(
                 f'jvp="{self.jvp}" runs the model again, which only curvature.estimate can: use jvp="reverse" in an '
                 "optimizer"
             )
-        return super().loop_product(seen)
+        return super().loop_product(state, seen)
 
-    def middle(self, graph: LossGraph, index: int, u: Tensor) -> Tensor:
+    def middle(self, graph: LossGraph, memory: Memory, u: Tensor) -> Tensor:
         """C u, for u shaped like the outputs.
 
         Args:
             graph: of one loss.
-            index: of the loss among those of the step, or of the batch; a sampled C draws by it.
+            memory: what was measured on this loss for an earlier product.
             u: a direction in output space.
         """
         raise NotImplementedError
 
-    def graph_product(self, graph: LossGraph, index: int) -> HessianProduct:
+    def graph_product(self, graph: LossGraph, memory: Memory) -> HessianProduct:
         """v ↦ Jᵀ C J v on one graph."""
 
         def product(v: Sequence[Tensor]) -> list[Tensor]:
-            return graph.vjp(self.middle(graph, index, graph.jvp(v)))
+            return graph.vjp(self.middle(graph, memory, graph.jvp(v)))
 
         return product
 
@@ -76,13 +65,13 @@ class OutputSpaceEstimator(MatrixFreeEstimator):
         return Snapshot(problem, math_attention=self.jvp != "finite-difference")
 
     def snapshot_product(
-        self, snapshot: Snapshot, index: int, batch: tuple[Any, Any], v: Sequence[Tensor]
+        self, snapshot: Snapshot, batch: tuple[Any, Any], memory: Memory, v: Sequence[Tensor]
     ) -> list[Tensor]:
         """Jᵀ C J v of one batch."""
         if self.jvp == "reverse":
-            return super().snapshot_product(snapshot, index, batch, v)
+            return super().snapshot_product(snapshot, batch, memory, v)
         along = (forward_jvp if self.jvp == "forward" else difference_jvp)(snapshot, batch, v)
-        return snapshot.on_graph(batch, lambda graph: graph.vjp(self.middle(graph, index, along)))
+        return snapshot.on_graph(batch, lambda graph: graph.vjp(self.middle(graph, memory, along)))
 
 
 @dataclass(frozen=True)
@@ -100,6 +89,13 @@ class GaussNewton(OutputSpaceEstimator):
     >>> G.matvec([torch.tensor([[1.0, 1.0]])])
     [tensor([[1., 4.]])]
 
+    Args:
+        jvp: how J v is computed. ``"reverse"``: the derivative of u ↦ Jᵀu, kept from product to product.
+            ``"forward"``: dual numbers through the model; only in :func:`curvature.estimate`.
+            ``"finite-difference"``: central differences of outputs, for a model without a double backward; relative
+            error about u^(2/3), also only in :func:`curvature.estimate`. The step Jᵀ and the loss itself are exact in
+            each.
+
     Raises:
         ValueError: from :func:`curvature.estimate`, where the loss reaches the parameters past the outputs (a
             penalty on weights, a second output): G would silently leave that part out.
@@ -107,7 +103,12 @@ class GaussNewton(OutputSpaceEstimator):
     Cost: about two gradients a product. References: Schraudolph 2002; Martens 2010.
     """
 
-    def middle(self, graph: LossGraph, index: int, u: Tensor) -> Tensor:
+    jvp: Mode = "reverse"
+
+    def __post_init__(self) -> None:
+        check_mode(self.jvp, "jvp")
+
+    def middle(self, graph: LossGraph, memory: Memory, u: Tensor) -> Tensor:
         """H_z u."""
         return graph.loss_hvp(u)
 

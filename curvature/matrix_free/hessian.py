@@ -16,11 +16,11 @@ from torch.overrides import TorchFunctionMode
 
 from curvature import vectors
 from curvature.loss_graph import LossGraph, explain_missing_derivative
-from curvature.matrix_free.estimator import MatrixFreeEstimator
+from curvature.matrix_free.estimator import MatrixFreeEstimator, Memory
 from curvature.matrix_free.operator import MatrixFreeOperator
 from curvature.matrix_free.snapshot import Snapshot
 from curvature.problem import Problem
-from curvature.protocols import HessianProduct, Needs, Observation
+from curvature.protocols import HessianProduct, Needs, Observation, State
 from curvature.registry import estimators
 
 Mode = Literal["reverse", "forward", "finite-difference"]
@@ -67,7 +67,7 @@ class Hessian(MatrixFreeEstimator):
         """Products are taken while the step is computed."""
         return self.hvp != "finite-difference"
 
-    def loop_product(self, seen: Observation) -> HessianProduct:
+    def loop_product(self, state: State, seen: Observation) -> HessianProduct:
         """Σ of the products of this step's losses, or a difference of gradients of the closure."""
         if self.hvp == "finite-difference":
             if seen.gradient_at is None:
@@ -78,9 +78,9 @@ class Hessian(MatrixFreeEstimator):
                 'hvp="forward" puts dual numbers in the place of the parameters, which only curvature.estimate can: '
                 'use hvp="reverse" in an optimizer'
             )
-        return super().loop_product(seen)
+        return super().loop_product(state, seen)
 
-    def graph_product(self, graph: LossGraph, index: int) -> HessianProduct:
+    def graph_product(self, graph: LossGraph, memory: Memory) -> HessianProduct:
         """v ↦ H v, reverse over reverse."""
         return graph.hvp
 
@@ -96,12 +96,12 @@ class Hessian(MatrixFreeEstimator):
         return MatrixFreeOperator(difference_product(snapshot.gradient_at, snapshot.params), snapshot.params)
 
     def snapshot_product(
-        self, snapshot: Snapshot, index: int, batch: tuple[Any, Any], v: Sequence[Tensor]
+        self, snapshot: Snapshot, batch: tuple[Any, Any], memory: Memory, v: Sequence[Tensor]
     ) -> list[Tensor]:
         """H v of one batch."""
         if self.hvp == "forward":
             return forward_product(snapshot, batch, v)
-        return super().snapshot_product(snapshot, index, batch, v)
+        return super().snapshot_product(snapshot, batch, memory, v)
 
 
 def check_mode(mode: str, name: str) -> None:

@@ -41,8 +41,10 @@ class Snapshot:
 
     def __init__(self, problem: Problem, *, math_attention: bool = True) -> None:
         self.problem = problem
-        self.shares: list[float | Tensor] = list(problem.shares)
-        self.batches = problem.batches
+        # A fully masked batch has no part in f, and a loss of its own that is 0/0.
+        kept = [(w, b) for w, b in zip(problem.shares, problem.batches, strict=True) if float(w) != 0.0]
+        self.shares: list[float | Tensor] = [w for w, _ in kept]
+        self.batches = [b for _, b in kept]
         self.params = [p.detach().clone() for p in problem.params]
         self.uses_padding_idx = False
         self._frame = _Frame(problem.model)
@@ -50,6 +52,12 @@ class Snapshot:
         known = {id(p): name for name, p in self._frame.named_parameters()}
         self._names = [known[id(p)] for p in problem.params]
         self._buffers = {name: b.detach().clone() for name, b in self._frame.named_buffers()}
+        # Trainable, but not asked about (a part of the model's parameters has this curvature, another that).
+        self._others = {
+            name: p.detach().clone()
+            for name, p in self._frame.named_parameters()
+            if p.requires_grad and name not in self._names
+        }
         self._modes = [(m, m.training) for m in problem.model.modules()]
         self._frozen = [(n, p, p._version) for n, p in problem.model.named_parameters() if not p.requires_grad]
         self._cached: LossGraph | None = None
@@ -112,7 +120,7 @@ class Snapshot:
         return total
 
     def _substituted(self, params: Sequence[Tensor], run: Callable[[], T]) -> T:
-        tensors = dict(zip(self._names, params, strict=True))
+        tensors = dict(zip(self._names, params, strict=True)) | self._others
         tensors.update({name: b.clone() for name, b in self._buffers.items()})  # batch norm writes into its buffers
         with sdpa_kernel(SDPBackend.MATH) if self._math_attention else nullcontext():
             result: T = torch.func.functional_call(self._frame, tensors, (run,))

@@ -1,0 +1,50 @@
+"""XDiag: its definition, unbiased, exact where it must be."""
+
+from __future__ import annotations
+
+import torch
+
+from curvature.spectrum import xdiag
+from curvature.spectrum.flat import FlatOperator
+from curvature.vectors import flatten
+from tests.curvature.spectrum import matrices
+
+
+def test_equals_its_definition_written_literally() -> None:
+    B = matrices.indefinite(12)
+    m = 4
+    Omega = FlatOperator(matrices.operator(B)).signs(m, 3)
+    parts = []
+    for i in range(m):
+        Q, _ = torch.linalg.qr(B @ Omega[:, [j for j in range(m) if j != i]])
+        P = Q @ Q.T
+        parts.append((P @ B).diagonal() + Omega[:, i] * ((B - P @ B) @ Omega[:, i]))
+    estimate = flatten(xdiag(matrices.operator(B), 2 * m, seed=3).value)
+    assert (estimate - torch.stack(parts).mean(0)).abs().max() < 1e-11
+
+
+def test_mean_over_400_seeds_is_the_diagonal() -> None:
+    B = matrices.indefinite(12)
+    estimates = torch.stack([flatten(xdiag(matrices.operator(B), 8, seed=s).value) for s in range(400)])
+    error = estimates.std(0) / 400**0.5
+    assert ((estimates.mean(0) - B.diagonal()).abs() < 4.5 * error).all()  # 12 elements, 400 seeds from 0
+
+
+def test_reported_error_matches_the_spread_over_seeds() -> None:
+    B = matrices.operator(matrices.indefinite(30))
+    runs = [xdiag(B, 24, seed=s) for s in range(200)]
+    spread = torch.stack([flatten(r.value) for r in runs]).std(0)
+    reported = torch.stack([flatten(r.standard_error) for r in runs]).square().mean(0).sqrt()
+    assert 0.5 < (reported / spread).median() < 2.0
+
+
+def test_low_rank_matrix_is_exact_and_has_the_parameters_shapes() -> None:
+    B = matrices.low_rank()
+    estimate = xdiag(matrices.operator(B), 18)
+    assert [x.shape for x in estimate.value] == [(2, 3), (54,)]
+    assert (flatten(estimate.value) - B.diagonal()).abs().max() < 1e-12
+
+
+def test_all_directions_are_exact() -> None:
+    B = matrices.indefinite(10)
+    assert (flatten(xdiag(matrices.operator(B), 20).value) - B.diagonal()).abs().max() < 1e-10
