@@ -1,7 +1,24 @@
 """Curvature and trust regions composed into ``torch.optim`` optimizers."""
 
 from optimizers.momentum import HeavyBall, Momentum, PlainMean, RunningMean
-from optimizers.presets import LAMB, LARS, SOAA, AdaHessian, Adam, AdamW, Muon, SophiaG, SophiaH, Tadam
+from optimizers.presets import (
+    ARC,
+    CAT,
+    KFAC,
+    LAMB,
+    LARS,
+    SOAA,
+    AdaHessian,
+    Adam,
+    AdamW,
+    HessianFree,
+    Muon,
+    NaturalGradient,
+    SophiaG,
+    SophiaH,
+    Tadam,
+    TrustRegionNewton,
+)
 from optimizers.registry import available
 from optimizers.second_order import SecondOrder
 from optimizers.step_info import StepInfo
@@ -9,6 +26,9 @@ from optimizers.step_info import StepInfo
 from optimizers.build import build  # isort: skip  (last: it looks names up in the filled registries)
 
 __all__ = [
+    "ARC",
+    "CAT",
+    "KFAC",
     "LAMB",
     "LARS",
     "SOAA",
@@ -16,8 +36,10 @@ __all__ = [
     "Adam",
     "AdamW",
     "HeavyBall",
+    "HessianFree",
     "Momentum",
     "Muon",
+    "NaturalGradient",
     "PlainMean",
     "RunningMean",
     "SecondOrder",
@@ -25,6 +47,7 @@ __all__ = [
     "SophiaH",
     "StepInfo",
     "Tadam",
+    "TrustRegionNewton",
     "available",
     "build",
 ]

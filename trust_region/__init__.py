@@ -10,6 +10,7 @@ from trust_region.dogleg import Dogleg
 from trust_region.exact import ExactSubproblem
 from trust_region.fixed_radius import FixedRadius
 from trust_region.kl_ball import KLBall
+from trust_region.kl_conjugate_gradient import KLConjugateGradient
 from trust_region.krylov import Krylov
 from trust_region.l2_ball import L2Ball
 from trust_region.levenberg_marquardt import LevenbergMarquardt
@@ -45,6 +46,7 @@ __all__ = [
     "ExactSubproblem",
     "FixedRadius",
     "KLBall",
+    "KLConjugateGradient",
     "Krylov",
     "L2Ball",
     "LevenbergMarquardt",

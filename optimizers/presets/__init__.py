@@ -3,11 +3,34 @@
 from optimizers.presets.adahessian import AdaHessian
 from optimizers.presets.adam import Adam
 from optimizers.presets.adamw import AdamW
+from optimizers.presets.arc import ARC
+from optimizers.presets.cat import CAT
+from optimizers.presets.hessian_free import HessianFree
+from optimizers.presets.kfac import KFAC
 from optimizers.presets.lamb import LAMB
 from optimizers.presets.lars import LARS
 from optimizers.presets.muon import Muon
+from optimizers.presets.natural_gradient import NaturalGradient
 from optimizers.presets.soaa import SOAA
 from optimizers.presets.sophia import SophiaG, SophiaH
 from optimizers.presets.tadam import Tadam
+from optimizers.presets.trust_region_newton import TrustRegionNewton
 
-__all__ = ["LAMB", "LARS", "SOAA", "AdaHessian", "Adam", "AdamW", "Muon", "SophiaG", "SophiaH", "Tadam"]
+__all__ = [
+    "ARC",
+    "CAT",
+    "KFAC",
+    "LAMB",
+    "LARS",
+    "SOAA",
+    "AdaHessian",
+    "Adam",
+    "AdamW",
+    "HessianFree",
+    "Muon",
+    "NaturalGradient",
+    "SophiaG",
+    "SophiaH",
+    "Tadam",
+    "TrustRegionNewton",
+]

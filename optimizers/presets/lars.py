@@ -20,7 +20,7 @@ class LARS(SecondOrder):
     Every tensor moves by the fraction ηc of its own norm; one that is 0 (a fresh bias) moves by ηm.
 
     Two things are composed another way than in the paper, whose step without momentum and decay this equals: momentum
-    averages gradients, not scaled steps, so that the trust region bounds the step that is taken; and the weight decay is
+    averages gradients, not scaled steps, so that the region bounds the step that is taken; and the weight decay is
     decoupled, not added to the gradient before its length is measured.
 
     Args:
