@@ -8,26 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from curvature import Operator
+from curvature import Needs
 from trust_region import StepContext, TrustRegion
+from trust_region.testing import MatrixOperator
 
 Function = Callable[[Tensor], Tensor]
-
-
-class Dense(Operator):
-    """A given symmetric matrix."""
-
-    def __init__(self, B: Tensor, like: list[Tensor]) -> None:
-        super().__init__(like)
-        self.B = B
-
-    def matvec(self, v: list[Tensor]) -> list[Tensor]:  # type: ignore[override]
-        flat = self.B @ torch.cat([x.reshape(-1) for x in v])
-        pieces = torch.split(flat, [x.numel() for x in self.like])
-        return [p.reshape(x.shape) for p, x in zip(pieces, self.like, strict=True)]
-
-    def to_dense(self) -> Tensor:
-        return self.B
 
 
 def rosenbrock(x: Tensor) -> Tensor:
@@ -44,7 +29,9 @@ def hessian(f: Function, x: Tensor) -> Tensor:
     (g,) = torch.autograd.grad(f(x), x, create_graph=True)
     rows = []
     for gi in g:
-        (row,) = torch.autograd.grad(gi, x, retain_graph=True, allow_unused=True) if gi.requires_grad else (None,)
+        (row,) = (
+            torch.autograd.grad(gi, x, retain_graph=True, allow_unused=True) if gi.requires_grad else (None,)
+        )
         rows.append(torch.zeros_like(x) if row is None else row.detach())
     H = torch.stack(rows)
     return 0.5 * (H + H.T)
@@ -84,13 +71,13 @@ def minimise(
             H = hessian(f, x)
             run.hessians += 1
         with torch.no_grad():
-            proposal = trust.propose(state, [g], Dense(H, [x]), StepContext(loss=loss))
+            proposal = trust.propose(state, [g], MatrixOperator(H, [x]), StepContext(loss=loss))
             trial = x + proposal.step[0]
             trial_loss = f(trial)
         run.functions += 1
         if spoil is not None:
             trial_loss = spoil(k, trial_loss)
-        trial_g = gradient(f, trial) if trust.needs.trial and "TRIAL_GRADIENT" in str(trust.needs) else None
+        trial_g = gradient(f, trial) if trust.needs & Needs.TRIAL_GRADIENT else None
         if trial_g is not None:
             run.gradients += 1
         verdict = trust.judge(
