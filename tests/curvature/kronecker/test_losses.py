@@ -200,7 +200,7 @@ def test_a_loss_that_couples_samples_is_refused() -> None:
 
 def test_a_concave_loss_is_refused() -> None:
     model, x = network(), torch.randn(6, 4)
-    with pytest.raises(ValueError, match="concave|negative weight"):
+    with pytest.raises(ValueError, match=r"concave|negative weight"):
         estimate(KFAC(model), model, lambda z, t: -(z**2).sum(), [(x, x)])
     with pytest.raises(ValueError, match="concave"):
         estimate(KFAC(model), model, lambda z, t: torch.sin(3 * z).sum(), [(x, x)])

@@ -1,0 +1,141 @@
+"""EK-FAC: K-FAC's eigenbasis with the curvature along each of its axes measured, not multiplied together.
+
+Legend: Q_G, Q_A the eigenvectors of K-FAC's factors; S = Σ_n (Q_Gᵀ ∇_n Q_A)² the second moments of the samples'
+gradients in that basis. The block is (Q_G ⊗ Q_A) diag(S) (Q_G ⊗ Q_A)ᵀ, S in place of K-FAC's λ_G λ_Aᵀ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from curvature.estimate import add_statistics
+from curvature.kronecker import learning, measurement
+from curvature.kronecker.estimator import KroneckerEstimator
+from curvature.kronecker.layout import Block, Layout
+from curvature.kronecker.learning import held
+from curvature.kronecker.operator import Eigenblock, KroneckerOperator
+from curvature.problem import Problem
+from curvature.protocols import Observation, State, Statistics
+from curvature.registry import estimators
+from curvature.running_mean import running_mean_
+
+
+@dataclass(frozen=True)
+class EKFAC(KroneckerEstimator):
+    """K-FAC's eigenbasis with re-measured eigenvalues: never further from Gauss-Newton, in the Frobenius norm.
+
+    S is the diagonal of the Gauss-Newton block (of the sampled or empirical Fisher) in K-FAC's eigenbasis, and the
+    diagonal is the best diagonal there is. Choose it over :class:`KFAC` where eigenbases are refreshed rarely: S
+    follows at every measurement, for the cost of per-sample gradients in the basis.
+
+    In training, S starts as K-FAC's λ_G λ_Aᵀ (no basis is known when the first step is measured) and is a running
+    mean from the second measurement on; when a basis is refreshed, the block is carried over and its diagonal in the
+    new basis kept. :func:`curvature.estimate` goes over the batches twice, for the basis and then for S.
+
+    Args: those of :class:`KFAC`, without ``damping_kind``: damping is exact, 1 / (S + λ).
+
+    >>> from torch import nn
+    >>> from curvature import estimate
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> x = torch.tensor([[1.0, 0.0], [1.0, 2.0]])
+    >>> B = estimate(EKFAC(model), model, nn.MSELoss(), [(x, torch.zeros(2, 1))])
+    >>> torch.allclose(B.to_dense(), torch.tensor([[2.0, 2.0], [2.0, 4.0]]))
+    True
+
+    Cost: K-FAC's, beside O(K N d_out size_in) a layer for S, R times that where R positions share the weight; one
+    tensor of the weight's size a layer of state more.
+    Reference: George et al. 2018, arXiv 1806.03884.
+    """
+
+    def _keys(self) -> tuple[str, ...]:
+        return (*learning.KEYS, "moments")
+
+    def _shapes(self, block: Block) -> dict[str, tuple[int, ...]]:
+        shapes = super()._shapes(block)
+        shapes["moments"] = (block.dims.groups, block.dims.d_out, block.size_in)
+        return shapes
+
+    def estimate(self, problem: Problem) -> KroneckerOperator:
+        """One shot over batches, which are gone over twice."""
+        state = self.init(problem.params)
+        for _ in range(2):
+            statistics: Statistics = {}
+            for evaluation in problem.evaluations():
+                own = self._own_weights(problem, evaluation)
+                add_statistics(statistics, self._measure(state, evaluation.graph, own), evaluation.share)
+            if "moments" not in statistics:
+                seen = Observation(problem.params, statistics=statistics, parameters=problem.params)
+                self.update(state, seen)
+                self._record_always()
+        state["moments"] = statistics["moments"]
+        return self.operator(state)
+
+    def _known(self, state: State, layout: Layout) -> list[Block]:
+        """The blocks that have eigenbases."""
+        counts = torch.stack([c.cpu() for c in held(state, "count")]).tolist()
+        return [b for b in layout.blocks if counts[b.root] > 0]
+
+    def _zeros(self, state: State, layout: Layout, params: Sequence[Tensor]) -> Statistics:
+        statistics = super()._zeros(state, layout, params)
+        known = self._known(state, layout)
+        if known and self.fisher != "forward-only":
+            shapes = {b.root: self._shapes(b)["moments"] for b in known}
+            statistics["moments"] = measurement.zeros(layout, shapes, params)
+        return statistics
+
+    def _accumulators(self, state: State, layout: Layout, statistics: Statistics) -> measurement.Accumulators:
+        if "moments" not in statistics:
+            return super()._accumulators(state, layout, statistics)
+        known = self._known(state, layout)
+        measured = cast("list[Tensor]", statistics["moments"])
+        return measurement.Accumulators(
+            cast("list[Tensor]", statistics["G"]),
+            cast("list[Tensor]", statistics["diagonal"]),
+            {b.root: measured[b.root] for b in known},
+            {b.root: learning.basis_of(state, b) for b in known},
+        )
+
+    def _take(
+        self, state: State, layout: Layout, observed: dict[str, list[Tensor]], live: set[int]
+    ) -> set[int]:
+        if "moments" in observed:
+            count = held(state, "count")
+            blocks = [b.root for b in self._known(state, layout) if live.intersection(b.members)]
+            running_mean_(
+                [held(state, "moments")[i] for i in blocks],
+                [observed["moments"][i] for i in blocks],
+                [count[i].clone() for i in blocks],
+                self.beta,
+            )
+        return super()._take(state, layout, observed, live)
+
+    def _refresh(self, state: State, blocks: Sequence[Block]) -> None:
+        """New bases; S becomes the diagonal, in the new basis, of the block that it was."""
+        before = {b.root: learning.basis_of(state, b) for b in blocks}
+        super()._refresh(state, blocks)
+        moments = held(state, "moments")
+        for block in blocks:
+            i = block.root
+            if not bool(moments[i].any()) or self.fisher == "forward-only":
+                moments[i] = held(state, "G_values")[i].unsqueeze(-1) * held(state, "A_values")[i].unsqueeze(
+                    -2
+                )
+                continue
+            for side, (old, new) in enumerate(zip(before[i], learning.basis_of(state, block), strict=True)):
+                if old is None or new is None:
+                    continue
+                rotation = (new.mT @ old).square_()
+                moments[i] = rotation @ moments[i] if side == 0 else moments[i] @ rotation.mT
+
+    def _eigenblock(self, state: State, block: Block) -> Eigenblock:
+        g, a = held(state, "G_values")[block.root], held(state, "A_values")[block.root]
+        Q_G, Q_A = learning.basis_of(state, block)
+        return Eigenblock(block, held(state, "moments")[block.root].clone(), Q_G, Q_A, g, a)
+
+
+estimators.add("ekfac", EKFAC)
