@@ -24,7 +24,6 @@ from curvature.matrix_free.snapshot import Snapshot
 from curvature.problem import Problem
 from curvature.protocols import HessianProduct, Needs, Observation, State
 from curvature.registry import estimators
-from curvature.vectors import compute_dtype
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Fisher(OutputSpaceEstimator):
     >>> F.matvec([torch.tensor([[1.0, 1.0]])])
     [tensor([[1., 4.]])]
 
-    Cost: a Gauss-Newton product; sampled, K passes over the outputs more, never one through the model.
+    Cost: a Gauss-Newton product; sampled, once K passes over the outputs, never one more through the model.
     References: Martens 2020, arXiv 1412.1193; Kunstner et al. 2019, arXiv 1905.12558.
     """
 
@@ -86,37 +85,67 @@ class Fisher(OutputSpaceEstimator):
         return summed([self.graph_product(graph, {"index": first + i}) for i, graph in enumerate(seen.graphs)])
 
     def middle(self, graph: LossGraph, memory: Memory, u: Tensor) -> Tensor:
-        """Diag(c_n M_n) u, or its mean over draws."""
-        found = self.found(graph, memory)
+        """Diag(c_n M_n) u, with the mean over draws in the place of M_n where it is sampled."""
         if self.samples is None:
-            return graph.loss_hvp(u)  # proven to be c_n M_n
-        wide = u.to(found.z.dtype)
-        total = torch.zeros_like(wide)
-        for sigma in self.draws(found, memory):
-            along = sigma * wide
-            if found.axis is not None:  # a softmax is one unit; elements of other likelihoods are independent
-                along = along.sum(found.axis, keepdim=True)
-            total.addcmul_(sigma, along, value=1.0 / self.samples)
-        return total.to(u.dtype)
-
-    def found(self, graph: LossGraph, memory: Memory) -> OutputLikelihood:
-        """The weights c of this loss, measured once; the outputs are the graph's."""
-        if "weights" not in memory:
-            measured = output_likelihood(graph, self.likelihood)
-            memory["axis"], memory["weights"] = measured.axis, measured.weights
-        z = graph.output.detach()
-        return OutputLikelihood(self.likelihood, memory["axis"], z.to(compute_dtype(z.dtype)), memory["weights"])
-
-    def draws(self, found: OutputLikelihood, memory: Memory) -> Iterator[Tensor]:
-        """σ for every draw, the same ones each time this is called."""
-        samples = cast(int, self.samples)
-        return (found.draw(self.seed, memory["index"] * samples + k) for k in range(samples))
+            if "proven" not in memory:
+                output_likelihood(graph, self.likelihood)
+                memory["proven"] = True
+            return graph.loss_hvp(u)
+        if "sampled" not in memory:
+            found = output_likelihood(graph, self.likelihood)
+            first = memory["index"] * self.samples
+            draws = (found.draw(self.seed, first + k) for k in range(self.samples))
+            memory["sampled"] = SampledOutputFisher.from_draws(found, draws, self.samples)
+        sampled: SampledOutputFisher = memory["sampled"]
+        return sampled.product(u.to(sampled.moment.dtype)).to(u.dtype)
 
     def snapshot(self, problem: Problem) -> Snapshot:
         """The problem as the products see it, if F is the curvature of all of its loss."""
         snapshot = super().snapshot(problem)
         refuse_other_paths(snapshot)
         return snapshot
+
+
+@dataclass(frozen=True)
+class SampledOutputFisher:
+    """c_n times the mean of s sᵀ over draws of one unit's score s, in memory of the size of the outputs.
+
+    A softmax is one unit: s = p - e_y, so the mean of s sᵀ is known from how often each label was drawn. Elements of
+    the other likelihoods are units of their own, and need the mean of s².
+
+    Args:
+        axis: of the classes, or ``None``.
+        probabilities: p, shaped like z; nothing where ``axis`` is ``None``.
+        moment: the frequencies q of the labels, or the mean of s², shaped like z.
+        weights: c, of size 1 along ``axis``.
+    """
+
+    axis: int | None
+    probabilities: Tensor | None
+    moment: Tensor
+    weights: Tensor
+
+    @classmethod
+    def from_draws(cls, found: OutputLikelihood, draws: Iterator[Tensor], samples: int) -> SampledOutputFisher:
+        """From σ = √c s of every draw; where c = 0 it does not matter."""
+        floor = torch.finfo(found.weights.dtype).tiny
+        inverse_root = torch.where(found.weights > 0, found.weights.clamp(min=floor).rsqrt(), 0.0)
+        moment = torch.zeros_like(found.z)
+        for sigma in draws:
+            score = sigma * inverse_root
+            moment.add_(score if found.axis is not None else score.square(), alpha=1.0 / samples)
+        if found.axis is None:
+            return cls(None, None, moment, found.weights)
+        p = torch.softmax(found.z, found.axis)
+        return cls(found.axis, p, p - moment, found.weights)
+
+    def product(self, u: Tensor) -> Tensor:
+        """c (p pᵀ - p qᵀ - q pᵀ + diag(q)) u, or c s² u."""
+        if self.axis is None or self.probabilities is None:
+            return self.weights * self.moment * u
+        p, q = self.probabilities, self.moment
+        by_p, by_q = (p * u).sum(self.axis, keepdim=True), (q * u).sum(self.axis, keepdim=True)
+        return self.weights * (p * (by_p - by_q) - q * by_p + q * u)
 
 
 estimators.add("fisher", Fisher)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature import EmpiricalFisher, Fisher, GaussNewton, LossGraph, Observation, estimate
+from curvature.likelihood import output_likelihood
 from tests.curvature import dense
 from tests.curvature.matrix_free import cases
 
@@ -56,6 +57,24 @@ def test_sampled_fisher_approaches_the_exact_one_as_the_root_of_the_samples(name
     # 16 times the samples: a quarter of the error; 3 seeds each, so a factor of 1.6 either way.
     assert errors[1600] < 0.1
     assert 4 / 1.6 < errors[100] / errors[1600] < 4 * 1.6
+
+
+@pytest.mark.parametrize("name", ["classification", "tied", "regression", "binary"])
+def test_sampled_fisher_is_the_mean_over_its_draws(name: str) -> None:
+    case, _, _ = units(name)
+    model, loss_fn, x, y = case
+    params, outputs = dense.trainable(model), model(x)
+    graph = LossGraph(loss_fn(outputs, y), params, outputs)
+    found = output_likelihood(graph, LIKELIHOODS[name])  # type: ignore[arg-type]
+    J = dense.jacobian(graph.output, params)
+    C = torch.zeros(len(J), len(J), dtype=torch.float64)
+    for k in range(3):
+        sigma = found.draw(5, k)
+        # Units are independent: products across them have mean zero and are left out.
+        one = sigma.reshape(-1, sigma.shape[-1] if LIKELIHOODS[name] == "categorical" else 1)
+        C += torch.block_diag(*(torch.outer(s, s) for s in one)) / 3
+    F = estimate(Fisher(LIKELIHOODS[name], samples=3, seed=5), model, loss_fn, [(x, y)]).to_dense()  # type: ignore[arg-type]
+    assert dense.relative_error(F, J.T @ C @ J) < 1e-10
 
 
 def test_sampled_fisher_is_one_matrix_for_all_products_and_seeded() -> None:
