@@ -9,7 +9,11 @@ from curvature.hutchinson import HutchinsonDiagonal
 from curvature.identity import Identity
 from curvature.kronecker import EKFAC, KFAC
 from curvature.krylov_solve import ConvergenceError
+from curvature.lbfgs import LBFGS
 from curvature.loss_graph import LossGraph
+from curvature.low_rank import LowRank
+from curvature.low_rank_operator import LowRankOperator
+from curvature.lsr1 import LSR1
 from curvature.matrix_free import EmpiricalFisher, Fisher, GaussNewton, Hessian, MatrixFreeOperator
 from curvature.operators import DiagonalOperator, IdentityOperator, Operator
 from curvature.problem import Problem
@@ -25,12 +29,18 @@ from curvature.protocols import (
     Statistics,
 )
 from curvature.registry import Registry, UnknownNameError, estimators
+from curvature.rotated_diagonal import RotatedDiagonalOperator
 from curvature.scipy_export import to_scipy
+from curvature.shampoo import Shampoo
+from curvature.soap import SOAP
 from curvature.wrapped_diagonal import FlooredDiagonal, RootDiagonal
 
 __all__ = [
     "EKFAC",
     "KFAC",
+    "LBFGS",
+    "LSR1",
+    "SOAP",
     "TRANSIENT",
     "AdaHessianDiagonal",
     "ConjugateGradientResult",
@@ -50,6 +60,8 @@ __all__ = [
     "Identity",
     "IdentityOperator",
     "LossGraph",
+    "LowRank",
+    "LowRankOperator",
     "MatrixFreeOperator",
     "Needs",
     "Observation",
@@ -59,6 +71,8 @@ __all__ = [
     "RankOneCorrectedDiagonal",
     "Registry",
     "RootDiagonal",
+    "RotatedDiagonalOperator",
+    "Shampoo",
     "SingularCurvatureError",
     "State",
     "Statistics",
