@@ -11,7 +11,9 @@ from optimizers.presets.lamb import LAMB
 from optimizers.presets.lars import LARS
 from optimizers.presets.muon import Muon
 from optimizers.presets.natural_gradient import NaturalGradient
+from optimizers.presets.shampoo import Shampoo
 from optimizers.presets.soaa import SOAA
+from optimizers.presets.soap import SOAP
 from optimizers.presets.sophia import SophiaG, SophiaH
 from optimizers.presets.tadam import Tadam
 from optimizers.presets.trust_region_newton import TrustRegionNewton
@@ -23,12 +25,14 @@ __all__ = [
     "LAMB",
     "LARS",
     "SOAA",
+    "SOAP",
     "AdaHessian",
     "Adam",
     "AdamW",
     "HessianFree",
     "Muon",
     "NaturalGradient",
+    "Shampoo",
     "SophiaG",
     "SophiaH",
     "Tadam",

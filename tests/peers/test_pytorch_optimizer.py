@@ -10,6 +10,7 @@ from torch import Tensor
 
 import optimizers
 from curvature.probes import probe
+from curvature.tensor_blocks import blocks_of, views
 from optimizers import SecondOrder
 
 peer = pytest.importorskip("pytorch_optimizer", reason="needs pytorch-optimizer (the extra 'peers')")
@@ -129,10 +130,62 @@ def test_lars_matrices_without_momentum_and_decay() -> None:
     """With momentum pytorch-optimizer (as the paper) averages scaled steps, here gradients are averaged; it leaves
     vectors unscaled, so they are frozen here."""
 
-    def matrices(m: torch.nn.Module) -> list[Tensor]:
-        return [p for p in m.parameters() if p.dim() > 1]
-
     assert_equal_steps(
         lambda m: optimizers.LARS(matrices(m), lr=1.0, momentum=0.0, trust_coefficient=0.02),
         lambda m: peer.LARS(matrices(m), lr=1.0, momentum=0.0, trust_coefficient=0.02),
     )
+
+
+def matrices(m: torch.nn.Module) -> list[Tensor]:
+    return [p for p in m.parameters() if p.dim() > 1]
+
+
+def test_shampoo_without_momentum() -> None:
+    """The paper's sums. Published code starts them at εI, which is ours with ε added to the eigenvalues. Its momentum
+    mixes the gradient with the last preconditioned step; ours averages gradients."""
+    assert_equal_steps(
+        lambda m: optimizers.Shampoo(
+            m.parameters(), lr=0.1, betas=(0.0, 1.0), eps=1e-3, interval=1, grafting=False, block_size=None
+        ),
+        lambda m: peer.Shampoo(m.parameters(), lr=0.1, matrix_eps=1e-3, preconditioning_compute_steps=1),
+        rtol=1e-7,
+    )
+
+
+@pytest.mark.parametrize(("interval", "tolerance"), [(1000, 1e-9), (1, 2e-4)])
+def test_soap(interval: int, tolerance: float) -> None:
+    """Published code skips its first step, so theirs is given the moments and the basis of ours, which took it at a
+    learning rate of 0 (where the first factors are singular their basis is not unique). Its QR runs in float32: with
+    the basis refreshed the two agree to that precision, on the convolution, whose factors have full rank."""
+    ours, theirs = network(), network()
+    trained = slice(None) if interval > 1 else slice(2)
+    mine, yours = list(ours.parameters())[trained], list(theirs.parameters())[trained]
+    a = optimizers.SOAP(mine, lr=0.0, eps=1e-30, weight_decay=0.0, interval=interval, factor_beta=0.9)
+    b = peer.SOAP(
+        yours, lr=0.02, eps=1e-30, weight_decay=0.0, precondition_frequency=interval, shampoo_beta=0.9
+    )
+
+    def loss_fn(z: Tensor, y: Tensor) -> Tensor:
+        """Squares: with cross-entropy the rows of the last layer's gradient sum to 0, a direction of rounding alone."""
+        return torch.nn.functional.mse_loss(z, torch.nn.functional.one_hot(y, 3).to(z.dtype))
+
+    for t, (x, y) in enumerate(batches(25)):
+        for model, optimizer in ((ours, a), (theirs, b)):
+            optimizer.zero_grad()
+            loss_fn(model(x), y).backward()
+            optimizer.step()
+        if t == 0:
+            a.param_groups[0]["lr"] = 0.02
+            b.param_groups[0]["step"] = 2
+            for p, q in zip(mine, yours, strict=True):
+                held, given = a.state[p], b.state[q]
+                given["exp_avg"].copy_(held["momentum"])
+                given["exp_avg_sq"].copy_(held["curvature/second_moment"])
+                blocks = blocks_of(p.shape, None, None, smallest_order=2)
+                for i, basis in views(held["curvature/bases"], blocks)[0].items():
+                    given["Q"][i] = basis.clone()
+            continue
+        for p, q in zip(mine, yours, strict=True):
+            torch.testing.assert_close(
+                p, q, rtol=tolerance, atol=tolerance, msg=lambda m, t=t: f"step {t}: {m}"
+            )

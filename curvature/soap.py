@@ -1,0 +1,153 @@
+"""SOAP: Adam in Shampoo's eigenbasis.
+
+Legend: G the gradient, L_i the running mean of G_(i)G_(i)ᵀ, Q_i its slowly followed eigenbasis, G' = G rotated into it,
+v the running mean of G'², t the gradients a parameter has received.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from curvature import vectors
+from curvature.protocols import Estimator, Needs, Observation, State
+from curvature.registry import estimators
+from curvature.rotated_diagonal import RotatedDiagonalOperator
+from curvature.running_mean import bias_corrected, check_beta
+from curvature.shampoo import add_factors_, decompose_, first_seen, running_weight
+from curvature.tensor_blocks import Block, along, blocks_of, identity_storage, storage_size, views
+
+
+@dataclass(frozen=True)
+class SOAP(Estimator):
+    """B = Q diag(√v̂ + ε) Qᵀ, Q = Q_1 ⊗ … ⊗ Q_k: the root of the gradient's second moment in Shampoo's basis.
+
+    Between two refreshes of the basis the second moment goes on at every step, which is why SOAP bears longer intervals
+    than Shampoo. A refresh is one power iteration and a QR decomposition; its columns are first sorted by the
+    eigenvalue they stand for, and the second moment is sorted with them. As in the paper a gradient enters the basis
+    after the step it belongs to.
+
+    Args:
+        beta: β₂, decay of the second moment, in [0, 1).
+        factor_beta: decay of the factors, in [0, 1); ``None`` is ``beta``.
+        eps: ε > 0, added to √v̂.
+        interval: steps between refreshes of the basis, >= 1.
+        max_dim: longer dimensions are not rotated, >= 1; ``None`` rotates every one.
+        rotate_vectors: whether parameters of order 1 are rotated too; without it theirs is Adam's diagonal.
+
+    >>> soap = SOAP()
+    >>> G = torch.tensor([[0.0, 4.0], [3.0, 0.0]])
+    >>> state = soap.init([G])
+    >>> soap.update(state, Observation(gradient=[G]))
+    >>> soap.operator(state).solve([G])[0].round(decimals=4)
+    tensor([[0., 1.],
+            [1., 0.]])
+
+    Cost: O(P Σ n_i) a step, QR decompositions O(Σ n_i³) every ``interval`` steps; P + 2 Σ n_i² of state.
+    Reference: Vyas et al. 2024, arXiv 2409.11321, algorithms 3 and 4.
+    """
+
+    beta: float = 0.95
+    factor_beta: float | None = None
+    eps: float = 1e-8
+    interval: int = 10
+    max_dim: int | None = 10_000
+    rotate_vectors: bool = False
+
+    def __post_init__(self) -> None:
+        check_beta(self.beta)
+        if self.factor_beta is not None:
+            check_beta(self.factor_beta, "factor_beta")
+        if not self.eps > 0:
+            raise ValueError(f"eps must be > 0, got {self.eps}")
+        if self.interval < 1:
+            raise ValueError(f"interval must be >= 1, got {self.interval}")
+        if self.max_dim is not None and self.max_dim < 1:
+            raise ValueError(f"max_dim must be >= 1 or None, got {self.max_dim}")
+
+    @property
+    def needs(self) -> Needs:
+        """Gradients."""
+        return Needs.GRAD
+
+    def blocks(self, p: Tensor) -> list[Block]:
+        """One block a parameter."""
+        return blocks_of(p.shape, None, self.max_dim, smallest_order=1 if self.rotate_vectors else 2)
+
+    def init(self, params: Sequence[Tensor]) -> State:
+        """v = 0, factors 0; the step count is the host's."""
+        sizes = [storage_size(self.blocks(p)) for p in params]
+        return {
+            "second_moment": vectors.zeros_like(params),
+            "factors": [_flat(p, size) for p, size in zip(params, sizes, strict=True)],
+            "bases": [identity_storage(p, self.blocks(p)) for p in params],
+            "count": [vectors.scalar_like([p]) for p in params],
+            "step": 0,
+            "decomposed": 0,
+        }
+
+    def update(self, state: State, seen: Observation) -> None:
+        """The refresh that the last step made due; then G' into v; then G into the factors (algorithm 3)."""
+        step = cast(int, state["step"])
+        state["step"] = step + 1
+        moments, factors, bases, count = (
+            cast("list[Tensor]", state[key]) for key in ("second_moment", "factors", "bases", "count")
+        )
+        factor_beta = self.beta if self.factor_beta is None else self.factor_beta
+        live = [i for i, g in enumerate(seen.gradient) if g is not None]
+        gradients = {i: cast(Tensor, seen.gradient[i]).to(moments[i].dtype) for i in live}
+        if step > 1 and (step - 1) % self.interval == 0:
+            for v, L, Q in zip(moments, factors, bases, strict=True):
+                refresh_(v, L, Q, self.blocks(v))
+        for i in live:
+            count[i].add_(1.0)
+        new = set(first_seen(state, count, live))
+        for i in live:
+            G, blocks = gradients[i], self.blocks(gradients[i])
+            if i in new:  # the first basis is of the first gradient
+                add_factors_(factors[i], G, blocks, running_weight(count[i], factor_beta), factor_beta)
+                decompose_(factors[i], bases[i], None, blocks)
+            for basis, block in zip(views(bases[i], blocks), blocks, strict=True):
+                rotated = along(G[block.index], basis, transpose=True)
+                moments[i][block.index].mul_(self.beta).addcmul_(rotated, rotated, value=1.0 - self.beta)
+            if i not in new:
+                add_factors_(factors[i], G, blocks, running_weight(count[i], factor_beta), factor_beta)
+
+    def operator(self, state: State) -> RotatedDiagonalOperator:
+        """Q diag(√v̂ + ε) Qᵀ."""
+        moments, bases, count = (
+            cast("list[Tensor]", state[key]) for key in ("second_moment", "bases", "count")
+        )
+        blocks = [self.blocks(v) for v in moments]
+        corrected = bias_corrected(moments, count, self.beta)
+        return RotatedDiagonalOperator(
+            [v.sqrt().add_(self.eps) for v in corrected],
+            [views(q, own) for q, own in zip(bases, blocks, strict=True)],
+            blocks,
+        )
+
+
+def refresh_(second_moment: Tensor, factors: Tensor, bases: Tensor, blocks: Sequence[Block]) -> None:
+    """Q ← qr(L Q P), P sorting the columns by qᵀLq, and v sorted along (algorithm 4), in place.
+
+    A parameter that had no gradient yet has L = 0 and is left alone without asking the host: qr(0) is an orthogonal
+    matrix, and its first gradient replaces it.
+    """
+    for Ls, Qs, block in zip(views(factors, blocks), views(bases, blocks), blocks, strict=True):
+        for i, L in Ls.items():
+            product = L @ Qs[i]
+            order = torch.argsort((Qs[i] * product).sum(dim=0), descending=True)
+            second_moment[block.index] = second_moment[block.index].index_select(i, order)
+            orthogonal, _ = torch.linalg.qr(product.index_select(1, order))
+            Qs[i].copy_(orthogonal)
+
+
+def _flat(p: Tensor, size: int) -> Tensor:
+    return torch.zeros(size, dtype=vectors.compute_dtype(p.dtype), device=p.device)
+
+
+estimators.add("soap", SOAP)
