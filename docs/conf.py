@@ -153,18 +153,19 @@ def whole_attribute_docstring(docstring: GoogleDocstring) -> tuple[str, list[str
     return "", docstring._dedent(docstring._consume_to_end())
 
 
-def escape_absolute_values(
+def escape_mathematics(
     app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
 ) -> None:
-    """Let docstrings write `|p| <= 1`: reStructuredText would read a substitution."""
+    """Let docstrings write `|p| <= 1` and `(r, *shape)`: reStructuredText would read markup."""
     for number, line in enumerate(lines):
         if "``" not in line and not line.lstrip().startswith((">>>", "...")):
-            lines[number] = re.sub(r"(?<!\\)\|(?=[^\s|])", r"\|", line)
+            escaped = re.sub(r"(?<!\\)\|(?=[^\s|])", r"\|", line)
+            lines[number] = re.sub(r"(?<![\\*\w])\*(?=\w)(?![^*]*\*)", r"\*", escaped)
 
 
 def setup(app: Sphinx) -> None:
     """Entry point of Sphinx."""
-    app.connect("autodoc-process-docstring", escape_absolute_values)
+    app.connect("autodoc-process-docstring", escape_mathematics)
     pack_inventories()
     GoogleDocstring._consume_inline_attribute = whole_attribute_docstring
     app.connect("build-finished", copy_mathjax)
