@@ -26,6 +26,7 @@ from trust_region.protocols import (
     Verdict,
 )
 from trust_region.ratio_radius import RatioRadius
+from trust_region.recorded_radius import RecordedRadius
 from trust_region.relative_ball import RelativeBall
 from trust_region.rms_box import RmsBox
 from trust_region.soaa_radius import SOAARadius
@@ -55,6 +56,7 @@ __all__ = [
     "Proposal",
     "RadiusPolicy",
     "RatioRadius",
+    "RecordedRadius",
     "Region",
     "RelativeBall",
     "RmsBox",

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 import curvature
+from curvature.running_mean import check_beta
 from optimizers.momentum import RunningMean
 from optimizers.registry import optimizers
 from optimizers.second_order import SecondOrder
@@ -62,6 +63,7 @@ class Shampoo(SecondOrder):
     ) -> None:
         if len(betas) != 2:
             raise ValueError(f"betas must be a pair, got {betas!r}")
+        check_beta(betas[0], "betas[0]")
         adam = curvature.EmpiricalFisherDiagonal(beta=betas[1] if betas[1] < 1.0 else 0.999)
         super().__init__(
             params,
