@@ -20,6 +20,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from optimizers.ablation import spectrum_command
 from optimizers.ablation.errors import AblationError
 
 app = typer.Typer(
@@ -210,6 +211,9 @@ def list_names() -> None:
                 kind.replace("_", " ").removesuffix("s"), name, _escaped(adapter.summary(kind, name))
             )
     console.print(table)
+
+
+app.command("spectrum")(spectrum_command.spectrum)
 
 
 def _numbers(option: str, text: str | None, kind: type) -> tuple[Any, ...] | None:
