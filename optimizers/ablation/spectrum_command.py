@@ -125,7 +125,7 @@ def measure(
     >>> found.parameters, found.samples
     (6570, 50)
 
-    Cost: about ``steps · probes + 4 · eigenvalues + 80`` products, each about two gradients over the samples.
+    Cost: about ``steps · probes + 8 · eigenvalues + 120`` products, each about two gradients over the samples.
     """
     for name, value in (("samples", samples), ("steps", steps), ("probes", probes), ("eigenvalues", eigenvalues)):
         if value < 1:
@@ -156,7 +156,7 @@ def measure(
     budget = max(4 * count + 30, 40)
     top = extreme_eigenvalues(B, count, "largest", max_products=budget, seed=seed)
     bottom = extreme_eigenvalues(B, count, "smallest", max_products=budget, seed=seed)
-    trace = xtrace(B, 20, seed=seed)
+    trace = xtrace(B, 60, seed=seed)
     density = spectral_density(B, steps, probes, seed=seed)
     width = density.default_width()
     grid = density.grid(2001, width)

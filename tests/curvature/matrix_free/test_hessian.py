@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from curvature import TRANSIENT, Hessian, LossGraph, Observation, SingularCurvatureError, estimate
+from curvature import TRANSIENT, GaussNewton, Hessian, LossGraph, Observation, SingularCurvatureError, estimate
 from curvature.vectors import flatten
 from tests.curvature import dense
 from tests.curvature.matrix_free import cases
@@ -200,6 +200,22 @@ def test_model_without_double_backward_names_finite_differences_which_work() -> 
         estimate(Hessian(hvp="forward"), once, loss_fn, [(x, y)]).to_dense()
     B = estimate(Hessian(hvp="finite-difference"), once, loss_fn, [(x, y)])
     assert dense.relative_error(B.to_dense(), expected) < MODES["finite-difference"]
+
+
+def test_compiled_model_names_finite_differences_which_work() -> None:
+    model, loss_fn, x, y = cases.classification()
+    expected = dense.hessian(loss_fn(model(x), y), dense.trainable(model))
+    compiled = torch.compile(model, backend="aot_eager")
+    with pytest.raises(RuntimeError, match='hvp="finite-difference"'):
+        estimate(Hessian(), compiled, loss_fn, [(x, y)]).to_dense()
+    B = estimate(Hessian(hvp="finite-difference"), compiled, loss_fn, [(x, y)])
+    assert dense.relative_error(B.to_dense(), expected) < 1e-7
+    with pytest.raises(RuntimeError, match='jvp="finite-difference"'):
+        estimate(GaussNewton(), compiled, loss_fn, [(x, y)]).to_dense()
+    z = model(x)
+    expected = dense.gauss_newton(loss_fn(z, y), z, dense.trainable(model))
+    G = estimate(GaussNewton(jvp="finite-difference"), compiled, loss_fn, [(x, y)])
+    assert dense.relative_error(G.to_dense(), expected) < 1e-7
 
 
 @pytest.mark.parametrize("mode", ["reverse", "forward"])

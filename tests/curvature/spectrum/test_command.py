@@ -48,7 +48,8 @@ def matrix(task: Workload, checkpoint: Path | None, of: str) -> tuple[torch.Tens
     z = model(x)
     loss = nn.functional.cross_entropy(z, y)
     params = dense.trainable(model)
-    return (dense.hessian(loss, params) if of == "hessian" else dense.gauss_newton(loss, z, params)), float(loss)
+    B = dense.hessian(loss, params) if of == "hessian" else dense.gauss_newton(loss, z, params)
+    return B, float(loss.detach())
 
 
 @pytest.mark.parametrize("of", ["hessian", "gauss-newton"])
