@@ -115,7 +115,7 @@ class Shampoo(Estimator):
             count[i].add_(1.0)
             G = cast(Tensor, seen.gradient[i]).to(factors[i].dtype)
             add_factors_(factors[i], G, self.blocks(G), running_weight(count[i], self.beta), self.beta)
-        for i in live if due else first_seen(state, count, live):
+        for i in live if due else newly_seen(state, count, live, times=1):
             blocks = self.blocks(cast(Tensor, seen.gradient[i]))
             decompose_(factors[i], bases[i], eigenvalues[i], blocks)
         if self.grafting is not None:
@@ -196,13 +196,13 @@ def decompose_(factors: Tensor, bases: Tensor, eigenvalues: Tensor | None, block
         column.copy_(torch.maximum(lam[0], noise).flip(-1))
 
 
-def first_seen(state: State, count: Sequence[Tensor], live: Sequence[int]) -> list[int]:
-    """The parameters whose first gradient this is; the host is asked only until each has had one."""
+def newly_seen(state: State, count: Sequence[Tensor], live: Sequence[int], times: int) -> list[int]:
+    """The parameters that get their ``times``-th gradient now; the host is asked only until all have had it."""
     if cast(int, state["decomposed"]) >= len(count):
         return []
     counts = torch.stack([c.to(count[0].device) for c in count]).tolist()
-    state["decomposed"] = sum(c > 0 for c in counts)
-    return [i for i in live if counts[i] == 1]
+    state["decomposed"] = sum(c >= times for c in counts)
+    return [i for i in live if counts[i] == times]
 
 
 def _flat(p: Tensor, size: int) -> Tensor:

@@ -18,7 +18,7 @@ from curvature.protocols import Estimator, Needs, Observation, State
 from curvature.registry import estimators
 from curvature.rotated_diagonal import RotatedDiagonalOperator
 from curvature.running_mean import bias_corrected, check_beta
-from curvature.shampoo import add_factors_, decompose_, first_seen, running_weight
+from curvature.shampoo import add_factors_, decompose_, newly_seen, running_weight
 from curvature.tensor_blocks import Block, along, blocks_of, identity_storage, storage_size, views
 
 
@@ -29,7 +29,11 @@ class SOAP(Estimator):
     Between two refreshes of the basis the second moment goes on at every step, which is why SOAP bears longer intervals
     than Shampoo. A refresh is one power iteration and a QR decomposition; its columns are first sorted by the
     eigenvalue they stand for, and the second moment is sorted with them. As in the paper a gradient enters the basis
-    after the step it belongs to.
+    after the step it belongs to; so there is none for a parameter's first gradient, where B is Adam's diagonal. The
+    second gradient finds the eigenbasis of the first, and the second moment starts in it.
+
+    (A gradient in its own eigenbasis is diagonal: what stands beside the diagonal is rounding, and dividing by its root
+    mean square would make steps of it.)
 
     Args:
         beta: β₂, decay of the second moment, in [0, 1).
@@ -40,12 +44,15 @@ class SOAP(Estimator):
         rotate_vectors: whether parameters of order 1 are rotated too; without it theirs is Adam's diagonal.
 
     >>> soap = SOAP()
-    >>> G = torch.tensor([[0.0, 4.0], [3.0, 0.0]])
+    >>> G = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
     >>> state = soap.init([G])
-    >>> soap.update(state, Observation(gradient=[G]))
-    >>> soap.operator(state).solve([G])[0].round(decimals=4)
-    tensor([[0., 1.],
-            [1., 0.]])
+    >>> for _ in range(2):
+    ...     soap.update(state, Observation(gradient=[G]))
+    ...     soap.operator(state).diagonal()[0].round(decimals=2)
+    tensor([[2., 1.],
+            [1., 2.]])
+    tensor([[1., 1.],
+            [1., 1.]])
 
     Cost: O(P Σ n_i) a step, QR decompositions O(Σ n_i³) every ``interval`` steps; P + 2 Σ n_i² of state.
     Reference: Vyas et al. 2024, arXiv 2409.11321, algorithms 3 and 4.
@@ -105,17 +112,16 @@ class SOAP(Estimator):
                 refresh_(v, L, Q, self.blocks(v))
         for i in live:
             count[i].add_(1.0)
-        new = set(first_seen(state, count, live))
+        second = set(newly_seen(state, count, live, times=2))
         for i in live:
             G, blocks = gradients[i], self.blocks(gradients[i])
-            if i in new:  # the first basis is of the first gradient
-                add_factors_(factors[i], G, blocks, running_weight(count[i], factor_beta), factor_beta)
+            if i in second:
                 decompose_(factors[i], bases[i], None, blocks)
+                moments[i].zero_()
             for basis, block in zip(views(bases[i], blocks), blocks, strict=True):
                 rotated = along(G[block.index], basis, transpose=True)
                 moments[i][block.index].mul_(self.beta).addcmul_(rotated, rotated, value=1.0 - self.beta)
-            if i not in new:
-                add_factors_(factors[i], G, blocks, running_weight(count[i], factor_beta), factor_beta)
+            add_factors_(factors[i], G, blocks, running_weight(count[i], factor_beta), factor_beta)
 
     def operator(self, state: State) -> RotatedDiagonalOperator:
         """Q diag(√v̂ + ε) Qᵀ."""
@@ -123,7 +129,8 @@ class SOAP(Estimator):
             cast("list[Tensor]", state[key]) for key in ("second_moment", "bases", "count")
         )
         blocks = [self.blocks(v) for v in moments]
-        corrected = bias_corrected(moments, count, self.beta)
+        # the moment of the first gradient was dropped with its basis; a count of 0 is taken as 1
+        corrected = bias_corrected(moments, [t - 1.0 for t in count], self.beta)
         return RotatedDiagonalOperator(
             [v.sqrt().add_(self.eps) for v in corrected],
             [views(q, own) for q, own in zip(bases, blocks, strict=True)],

@@ -18,7 +18,7 @@ from trust_region import FixedRadius, TrustRegion, Unbounded
 class SOAP(SecondOrder):
     """Adam in the eigenbasis of the gradient factors x no region: θ ← θ - ηλθ - η Q (Qᵀm̂ / (√v̂+ε)).
 
-    Differs from published code in the first step, which that skips to have a basis for the second; here it is taken.
+    The first step is Adam's, since the first basis is that of the first gradient; published code skips it.
 
     Args:
         params: parameters or groups.
