@@ -151,6 +151,7 @@ class CurvatureEstimator(Protocol):
       graph can serve (:attr:`Needs.graph`). It must leave the graph alive and ``.grad`` alone.
     - ``due(state) -> bool``: whether the coming step measures (an interval); host knowledge only.
     - ``keeps_graph``: the operator takes products while the step is computed, so the graphs must live till then.
+    - ``evaluates_gradients``: ``seen.gradient_at`` is wanted in the closure loop (finite differences).
     - ``tracks_steps``: ``seen.step_change`` is wanted (quasi-Newton pairs).
     - ``tracks_second_moment``: ``operator(state).diagonal()`` is the running mean of squared gradients, so that
       :class:`trust_region.RmsBox` need not keep its own.
@@ -181,6 +182,7 @@ class Estimator:
     """Base class that supplies the optional parts of :class:`CurvatureEstimator`; inheriting is not required."""
 
     keeps_graph: bool = False
+    evaluates_gradients: bool = False
     tracks_steps: bool = False
     tracks_second_moment: bool = False
 

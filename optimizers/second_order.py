@@ -282,7 +282,7 @@ class SecondOrder(torch.optim.Optimizer):
         returned = None
         before: trial.RandomState = []
         if closure is not None:
-            if self.needs.trial:
+            if self.needs.trial or getattr(self.curvature, "evaluates_gradients", False):
                 before = trial.random_state(params)
             self._backward_called = False
             with torch.enable_grad():
@@ -345,6 +345,7 @@ class SecondOrder(torch.optim.Optimizer):
             graphs=self._pending.graphs,
             parameters=params,
             step_change=self._step_change(),
+            gradient_at=self._gradient_at(closure, before),
         )
         betas, lr = self._per_parameter("momentum"), self._per_parameter("lr")
         averaged = core.averaged_gradient(
@@ -377,6 +378,29 @@ class SecondOrder(torch.optim.Optimizer):
                 g = -g if climbs else g
             gradient.append(g)
         return gradient
+
+    def _gradient_at(
+        self, closure: Callable[[], Any] | None, before: trial.RandomState
+    ) -> Callable[[Sequence[Tensor]], list[Tensor]] | None:
+        """shift ↦ the closure's gradient at θ + shift, for curvature by finite differences."""
+        if closure is None or not getattr(self.curvature, "evaluates_gradients", False):
+            return None
+        signs = [-1.0 if climbs else 1.0 for climbs in self._per_parameter("maximize")]
+
+        def gradient_at(shift: Sequence[Tensor]) -> list[Tensor]:
+            self._in_trial, self._trial_needs_gradient = True, True
+            try:
+                found = trial.shifted_gradient(closure, self._params, self._shards, before, shift)
+            finally:
+                self._in_trial = False
+            return [
+                torch.zeros_like(p, dtype=vectors.compute_dtype(p.dtype))
+                if g is None
+                else sign * local(g).to(vectors.compute_dtype(p.dtype))
+                for sign, g, p in zip(signs, found, self._shards, strict=True)
+            ]
+
+        return gradient_at
 
     def _check_signals(self, loss: Tensor | None) -> None:
         """Say in the first step what is missing, and how to give it."""

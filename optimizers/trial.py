@@ -116,6 +116,32 @@ def evaluate(
     return loss_tensor(value, params), gradient
 
 
+def shifted_gradient(
+    closure: Callable[[], Any],
+    params: Sequence[Tensor],
+    shards: Sequence[Tensor],
+    before: RandomState,
+    shift: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """The closure's gradient at θ + shift, without a trace: θ is put back bit for bit.
+
+    Args:
+        closure: recomputes the loss and calls ``backward``.
+        params: the optimizer's parameters.
+        shards: what this rank holds of them.
+        before: the random state that the first evaluation started from.
+        shift: one tensor a parameter, shaped like its shard.
+    """
+    saved = [p.detach().clone() for p in shards]
+    for p, s in zip(shards, shift, strict=True):
+        p.add_(s.to(p.dtype))
+    try:
+        return evaluate(closure, params, before, with_gradient=True)[1]
+    finally:
+        for p, old in zip(shards, saved, strict=True):
+            p.copy_(old)
+
+
 def loss_tensor(value: Any, params: Sequence[Tensor]) -> Tensor | None:
     """A loss, given as a tensor or a number, as a detached 0-d tensor; ``None`` stays ``None``."""
     if value is None:

@@ -67,6 +67,11 @@ class Hessian(MatrixFreeEstimator):
         """Products are taken while the step is computed."""
         return self.hvp != "finite-difference"
 
+    @property
+    def evaluates_gradients(self) -> bool:  # type: ignore[override]
+        """Finite differences run the closure again."""
+        return self.hvp == "finite-difference"
+
     def loop_product(self, state: State, seen: Observation) -> HessianProduct:
         """Σ of the products of this step's losses, or a difference of gradients of the closure."""
         if self.hvp == "finite-difference":

@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from curvature import TRANSIENT, GaussNewton, Hessian, LossGraph, Observation, SingularCurvatureError, estimate
+from curvature import (
+    TRANSIENT,
+    GaussNewton,
+    Hessian,
+    LossGraph,
+    Observation,
+    SingularCurvatureError,
+    estimate,
+)
 from curvature.vectors import flatten
 from tests.curvature import dense
 from tests.curvature.matrix_free import cases
