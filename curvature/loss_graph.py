@@ -22,7 +22,7 @@ class LossGraph:
 
     Args:
         loss: a real scalar that requires grad.
-        params: the parameters to differentiate by, each requiring grad.
+        params: the parameters to differentiate by; one that is frozen at this moment counts as unused.
         outputs: what the model returned on the way to ``loss``; needed for :meth:`ggn` and sampled labels. A
             tensor, or a dict, tuple or dataclass in which ``output_tensor`` finds one.
     """
@@ -73,13 +73,11 @@ class LossGraph:
         if not pairs:  # a loss that is linear in θ
             return [torch.zeros_like(p) for p in self.params]
         with explain_missing_derivative():
-            products = torch.autograd.grad(
+            products = differentiate(
                 [g for g, _ in pairs],
                 self.params,
                 [x.to(g.dtype) for g, x in pairs],
                 retain_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
             )
         return [p.detach() for p in products]
 
@@ -151,17 +149,33 @@ class LossGraph:
     def _grad(
         self, of: Tensor, seed: Tensor | None = None, *, retain_graph: bool = False, create_graph: bool = False
     ) -> list[Tensor]:
-        return list(
-            torch.autograd.grad(
-                of,
-                self.params,
-                seed,
-                retain_graph=retain_graph or create_graph,
-                create_graph=create_graph,
-                allow_unused=True,
-                materialize_grads=True,
-            )
+        seeds = None if seed is None else [seed]
+        return differentiate(
+            [of], self.params, seeds, retain_graph=retain_graph or create_graph, create_graph=create_graph
         )
+
+
+def differentiate(
+    outputs: Sequence[Tensor],
+    params: Sequence[Tensor],
+    seeds: Sequence[Tensor] | None,
+    *,
+    retain_graph: bool,
+    create_graph: bool = False,
+) -> list[Tensor]:
+    """``torch.autograd.grad`` with zeros for parameters that are unused, or frozen at this moment."""
+    found = iter(
+        torch.autograd.grad(
+            list(outputs),
+            [p for p in params if p.requires_grad],
+            seeds,
+            retain_graph=retain_graph,
+            create_graph=create_graph,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+    )
+    return [next(found) if p.requires_grad else torch.zeros_like(p) for p in params]
 
 
 def refuse_cut_graph(gradients: Sequence[Tensor]) -> None:
