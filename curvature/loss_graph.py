@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 
 class LossGraph:
@@ -36,7 +37,7 @@ class LossGraph:
         self.params = list(params)
         self._given_outputs = outputs
         self._output: Tensor | None = None
-        self._differentiable_gradient: list[Tensor] | None = None
+        self._gradient_edges: list[GradientEdge | None] | None = None
         self._output_gradient: Tensor | None = None
         self._pulled: tuple[Tensor, list[Tensor]] | None = None
 
@@ -63,21 +64,34 @@ class LossGraph:
                 refuse_cut_graph(self._differentiable_gradient)
         return self._differentiable_gradient
 
-    def hvp(self, v: Sequence[Tensor]) -> list[Tensor]:
+    def hvp(self, v: Sequence[Tensor], *, last: bool = False) -> list[Tensor]:
         """H v, reverse over reverse: about two gradients a product, after one for the first.
+
+        Args:
+            v: one tensor a parameter.
+            last: free the graph on the way, which takes less memory; no product can follow.
 
         Raises:
             RuntimeError: where the model has no double backward; the message names the remedy.
         """
-        pairs = [(g, x) for g, x in zip(self.differentiable_gradient(), v, strict=True) if g.requires_grad]
+        if self._gradient_edges is None:
+            with explain_missing_derivative():
+                gradient = self._grad(self.loss, create_graph=True)
+                refuse_cut_graph(gradient)
+            # Edges stand for the gradient in the graph, so that its values need not be kept.
+            self._gradient_edges = [get_gradient_edge(g) if g.requires_grad else None for g in gradient]
+            del gradient
+        pairs = [(e, x, p) for e, x, p in zip(self._gradient_edges, v, self.params, strict=True) if e is not None]
         if not pairs:  # a loss that is linear in θ
             return [torch.zeros_like(p) for p in self.params]
         with explain_missing_derivative():
-            products = differentiate(
-                [g for g, _ in pairs],
+            products = torch.autograd.grad(
+                [e for e, _, _ in pairs],
                 self.params,
-                [x.to(g.dtype) for g, x in pairs],
-                retain_graph=True,
+                [x.to(p.dtype) for _, x, p in pairs],
+                retain_graph=not last,
+                allow_unused=True,
+                materialize_grads=True,
             )
         return [p.detach() for p in products]
 
@@ -142,7 +156,7 @@ class LossGraph:
 
     def release(self) -> None:
         """Drop what holds the graph alive."""
-        self._differentiable_gradient = None
+        self._gradient_edges = None
         self._output_gradient = None
         self._pulled = None
 

@@ -40,6 +40,10 @@ class Hessian(MatrixFreeEstimator):
             model. ``"finite-difference"``: central differences of gradients, for a model without a double
             backward (compiled, flash attention, sharded); relative error about u^(2/3), 4e-5 in float32 and 4e-11
             in float64, more where f has kinks within the step; in an optimizer it needs ``step(closure)``.
+        reuse_graph: for ``"reverse"`` in :func:`curvature.estimate` over one batch: keep the graph from product to
+            product, or build it anew and free it on the way, which is slower and takes less memory. An optimizer's
+            step keeps the graphs that it has; several batches keep none. A batch that is split in k parts gives the
+            same products with a k-th of the memory.
 
     >>> from curvature import estimate
     >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -48,11 +52,14 @@ class Hessian(MatrixFreeEstimator):
     >>> H.matvec([torch.tensor([[1.0, 1.0]])])
     [tensor([[1., 4.]])]
 
-    Cost: after the first about 1.5 gradients a product in reverse over one batch, 2.5 over several.
+    Cost: in gradients of the same model, time and peak memory, for an MLP of 1.3 M parameters (for a GPT of 0.8 M):
+    reverse 1.6 (2.2) and 1.4 (3.4); with the graph anew 2.7 (3.5) and 1.3 (2.5); forward 4.2 (4.4) and 3.4 (3.3);
+    finite differences 3.2 (2.1) and 3.7 (1.3). ``tests/benchmarks/test_products.py`` measures them.
     References: Pearlmutter 1994; Griewank & Walther 2008; Andrei 2009 (the step of the difference).
     """
 
     hvp: Mode = "reverse"
+    reuse_graph: bool = True
 
     def __post_init__(self) -> None:
         check_mode(self.hvp, "hvp")
@@ -91,7 +98,7 @@ class Hessian(MatrixFreeEstimator):
 
     def snapshot(self, problem: Problem) -> Snapshot:
         """Differences take the model as it is; derivatives of derivatives need the math attention kernel."""
-        return Snapshot(problem, math_attention=self.hvp != "finite-difference")
+        return Snapshot(problem, math_attention=self.hvp != "finite-difference", reuse_graph=self.reuse_graph)
 
     def estimate(self, problem: Problem) -> MatrixFreeOperator:
         """H of all batches of ``problem`` at its present θ."""
@@ -106,7 +113,7 @@ class Hessian(MatrixFreeEstimator):
         """H v of one batch."""
         if self.hvp == "forward":
             return forward_product(snapshot, batch, v)
-        return super().snapshot_product(snapshot, batch, memory, v)
+        return snapshot.on_graph(batch, lambda graph: graph.hvp(v, last=not snapshot.reuses_graph))
 
 
 def check_mode(mode: str, name: str) -> None:

@@ -33,13 +33,14 @@ class Snapshot:
     Args:
         problem: model, loss and batches.
         math_attention: compute attention by the one kernel that has second derivatives and forward mode.
+        reuse_graph: keep the graph of the loss from product to product, where there is only one batch.
 
     Raises:
         ValueError: for a loss that is not finite, that two evaluations disagree about, or that reads the model's
             parameters by another way than through the model.
     """
 
-    def __init__(self, problem: Problem, *, math_attention: bool = True) -> None:
+    def __init__(self, problem: Problem, *, math_attention: bool = True, reuse_graph: bool = True) -> None:
         self.problem = problem
         # A fully masked batch has no part in f, and a loss of its own that is 0/0.
         kept = [(w, b) for w, b in zip(problem.shares, problem.batches, strict=True) if float(w) != 0.0]
@@ -60,6 +61,7 @@ class Snapshot:
         }
         self._modes = [(m, m.training) for m in problem.model.modules()]
         self._frozen = [(n, p, p._version) for n, p in problem.model.named_parameters() if not p.requires_grad]
+        self.reuses_graph = reuse_graph and len(self.batches) == 1
         self._cached: LossGraph | None = None
         self._check()
 
@@ -91,13 +93,13 @@ class Snapshot:
         return self.problem.loss_fn(outputs, target), outputs
 
     def on_graph(self, batch: tuple[Any, Any], run: Callable[[LossGraph], T]) -> T:
-        """``run(graph of f_b at θ)``; the graph is kept for the next call where there is only this one batch."""
+        """``run(graph of f_b at θ)``; the graph is kept for the next call where :attr:`reuses_graph`."""
         graph = self._cached
         if graph is None:
             leaves = self.leaves()
             loss, outputs = self.within(leaves, lambda: self.evaluate(batch))
             graph = LossGraph(loss, leaves, outputs)
-            if len(self.batches) == 1:
+            if self.reuses_graph:
                 self._cached = graph
         return self.within(graph.params, lambda: run(graph))
 

@@ -40,6 +40,12 @@ def test_operator_equals_dense_hessian(name: str, mode: str) -> None:
     assert dense.relative_error(flatten(B.diagonal()), expected.diagonal()) < MODES[mode]
 
 
+def test_graph_built_anew_for_every_product_gives_the_same() -> None:
+    model, loss_fn, x, y = case = cases.layer_norm()
+    B = estimate(Hessian(reuse_graph=False), model, loss_fn, [(x, y)])
+    assert dense.relative_error(B.to_dense(), reference(case)) < 1e-12
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_split_with_uneven_last_part_equals_one_batch(mode: str) -> None:
     model, loss_fn, x, y = case = cases.classification()
