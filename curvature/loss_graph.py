@@ -57,12 +57,11 @@ class LossGraph:
         return [g.detach() for g in self._grad(self.loss, retain_graph=True)]
 
     def differentiable_gradient(self) -> list[Tensor]:
-        """∇f with a graph, kept for all products of this loss."""
-        if self._differentiable_gradient is None:
-            with explain_missing_derivative():
-                self._differentiable_gradient = self._grad(self.loss, create_graph=True)
-                refuse_cut_graph(self._differentiable_gradient)
-        return self._differentiable_gradient
+        """∇f with a graph, to be held by the caller; :meth:`hvp` keeps the graph alone."""
+        with explain_missing_derivative():
+            gradient = self._grad(self.loss, create_graph=True)
+            refuse_cut_graph(gradient)
+        return gradient
 
     def hvp(self, v: Sequence[Tensor], *, last: bool = False) -> list[Tensor]:
         """H v, reverse over reverse: about two gradients a product, after one for the first.
@@ -75,12 +74,10 @@ class LossGraph:
             RuntimeError: where the model has no double backward; the message names the remedy.
         """
         if self._gradient_edges is None:
-            with explain_missing_derivative():
-                gradient = self._grad(self.loss, create_graph=True)
-                refuse_cut_graph(gradient)
             # Edges stand for the gradient in the graph, so that its values need not be kept.
-            self._gradient_edges = [get_gradient_edge(g) if g.requires_grad else None for g in gradient]
-            del gradient
+            self._gradient_edges = [
+                get_gradient_edge(g) if g.requires_grad else None for g in self.differentiable_gradient()
+            ]
         pairs = [(e, x, p) for e, x, p in zip(self._gradient_edges, v, self.params, strict=True) if e is not None]
         if not pairs:  # a loss that is linear in θ
             return [torch.zeros_like(p) for p in self.params]
