@@ -22,7 +22,7 @@ from curvature.protocols import Estimator, Needs, Observation, State
 
 @dataclass(frozen=True)
 class LimitedMemory(Estimator):
-    """Keeps the last m pairs (s, y) that a subclass accepts; see :class:`LSR1` and :class:`LBFGS`.
+    """Keeps the last m pairs (s, y) that a subclass accepts; see :class:`curvature.LSR1` and :class:`curvature.LBFGS`.
 
     Args:
         history: m >= 1.
