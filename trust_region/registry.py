@@ -20,6 +20,7 @@ from trust_region.dogleg import Dogleg
 from trust_region.exact import ExactSubproblem
 from trust_region.fixed_radius import FixedRadius
 from trust_region.kl_ball import KLBall
+from trust_region.kl_conjugate_gradient import KLConjugateGradient
 from trust_region.krylov import Krylov
 from trust_region.l2_ball import L2Ball
 from trust_region.levenberg_marquardt import LevenbergMarquardt
@@ -30,6 +31,7 @@ from trust_region.rms_box import RmsBox
 from trust_region.soaa_radius import SOAARadius
 from trust_region.spectral_ball import SpectralBall
 from trust_region.steihaug_cg import SteihaugCG
+from trust_region.tadam_radius import TadamRadius
 from trust_region.trust_region import TrustRegion
 from trust_region.unbounded import Unbounded
 
@@ -86,11 +88,24 @@ def soaa(
     eps: float = 1e-8,
     scope: Literal["global", "tensor"] = "global",
     prediction: Literal["paper", "model"] = "paper",
+    damping: float = 0.0,
 ) -> TrustRegion:
     """SOAA's box and its clipped ratio."""
     return TrustRegion(
         region=RmsBox(eps=eps, scope=scope),
         radius=SOAARadius(total_steps, gamma, beta, eps, scope, prediction),
+        damping=damping,
+    )
+
+
+def tadam(
+    total_steps: int | None = None, gamma: float = 0.25, beta: float = 0.9, eps: float = 1e-8, damping: float = 0.0
+) -> TrustRegion:
+    """Tadam's box and its ratio in three levels."""
+    return TrustRegion(
+        region=RmsBox(eps=eps, rank_one_scale=False),
+        radius=TadamRadius(total_steps, gamma, beta, eps),
+        damping=damping,
     )
 
 
@@ -99,19 +114,19 @@ def ratio(max_iterations: int | None = None, tolerance: float | None = None, **p
     return TrustRegion(L2Ball(), SteihaugCG(max_iterations, tolerance), RatioRadius(**policy))
 
 
-def ratio_box(**policy: Any) -> TrustRegion:
+def ratio_box(damping: float = 0.0, **policy: Any) -> TrustRegion:
     """A box whose radius follows the ratio."""
-    return TrustRegion(region=Box(), radius=RatioRadius(**policy))
+    return TrustRegion(region=Box(), radius=RatioRadius(**policy), damping=damping)
 
 
-def ratio_kl_ball(**policy: Any) -> TrustRegion:
+def ratio_kl_ball(damping: float = 0.0, **policy: Any) -> TrustRegion:
     """A KL ellipsoid whose radius follows the ratio."""
-    return TrustRegion(region=KLBall(), radius=RatioRadius(**policy))
+    return TrustRegion(region=KLBall(), radius=RatioRadius(**policy), damping=damping)
 
 
-def dogleg(**policy: Any) -> TrustRegion:
+def dogleg(damping: float = 0.0, **policy: Any) -> TrustRegion:
     """Powell's dogleg with the ratio's radius, for positive definite curvature."""
-    return _classical(Dogleg(), policy)
+    return _classical(Dogleg(), policy, damping)
 
 
 def cauchy(**policy: Any) -> TrustRegion:
@@ -129,8 +144,8 @@ def krylov(max_iterations: int = 100, tolerance: float | None = None, **policy: 
     return _classical(Krylov(max_iterations, tolerance), policy)
 
 
-def _classical(subproblem: Subproblem, policy: dict[str, Any]) -> TrustRegion:
-    return TrustRegion(L2Ball(), subproblem, RatioRadius(**policy))
+def _classical(subproblem: Subproblem, policy: dict[str, Any], damping: float = 0.0) -> TrustRegion:
+    return TrustRegion(L2Ball(), subproblem, RatioRadius(**policy), damping)
 
 
 def levenberg_marquardt(
@@ -157,6 +172,15 @@ def backtracking(radius: float = 0.01, damping: float = 1e-3, **policy: Any) -> 
     return TrustRegion(region=KLBall(), radius=Backtracking(radius=radius, damping=damping, **policy))
 
 
+def trpo(
+    radius: float = 0.02, damping: float = 1e-3, max_iterations: int = 10, tolerance: float = 1e-10, **policy: Any
+) -> TrustRegion:
+    """A KL ellipsoid reached by a few conjugate-gradient iterations, shortened after every refused trial."""
+    return TrustRegion(
+        KLBall(), KLConjugateGradient(max_iterations, tolerance), Backtracking(radius=radius, damping=damping, **policy)
+    )
+
+
 _entries: dict[str, Callable[..., TrustRegion]] = {
     "unbounded": unbounded,
     "box": box,
@@ -167,6 +191,7 @@ _entries: dict[str, Callable[..., TrustRegion]] = {
     "spectral-ball": spectral_ball,
     "relative-ball": relative_ball,
     "soaa": soaa,
+    "tadam": tadam,
     "ratio": ratio,
     "ratio-box": ratio_box,
     "ratio-kl-ball": ratio_kl_ball,
@@ -178,6 +203,7 @@ _entries: dict[str, Callable[..., TrustRegion]] = {
     "cubic": cubic,
     "cat": cat,
     "backtracking": backtracking,
+    "trpo": trpo,
 }
 for _name, _factory in _entries.items():
     trust_regions.add(_name, _factory)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from curvature import vectors
@@ -24,9 +25,11 @@ class TrustRegion:
         subproblem: how to find the step with a general B; ``None`` uses the region's own minimiser, which is exact
             for a diagonal B and solve-then-project otherwise.
         radius: the policy that adapts Δ, λ or σ.
+        damping: λ >= 0, in curvature units, beside a policy that has none of its own: it makes a singular B solvable.
 
     Raises:
-        ValueError: for a solver that works in the Euclidean ball only, given another region.
+        ValueError: for a solver that works in the Euclidean ball only, given another region; in :meth:`propose` for an
+            indefinite B that nothing holds back (no region, and a policy that takes every step).
 
     >>> import torch
     >>> from trust_region import FixedRadius, L2Ball
@@ -41,8 +44,14 @@ class TrustRegion:
     region: Region = field(default_factory=Unbounded)
     subproblem: Subproblem | None = None
     radius: RadiusPolicy = field(default_factory=FixedRadius)
+    damping: float = 0.0
 
     def __post_init__(self) -> None:
+        if not self.damping >= 0:
+            raise ValueError(f"damping must be >= 0, got {self.damping}")
+        policy = self.radius
+        if self.damping and (hasattr(policy, "damping") or "damping" in getattr(policy, "adapts", ())):
+            raise ValueError(f"{type(policy).__name__} has a damping of its own: give it there, not to TrustRegion")
         wanted = getattr(self.subproblem, "regions", None)
         if wanted is not None and not isinstance(self.region, wanted):
             names = " or ".join(w.__name__ for w in wanted)
@@ -74,6 +83,8 @@ class TrustRegion:
     def init(self, params: Sequence[Tensor], estimator: CurvatureEstimator | None = None) -> State:
         """Fresh state of region and policy, one dictionary."""
         state: State = dict(self.radius.init(params))
+        if self.damping:
+            state["damping"] = vectors.scalar_like(params, self.damping)
         for key, value in self.region.init(params, estimator).items():
             if key in state:
                 raise ValueError(f"region and radius policy both keep a state entry {key!r}")
@@ -115,6 +126,8 @@ class TrustRegion:
             solution = self.subproblem.solve(gradient, curvature, cast(Tensor, radius), damping)
         else:
             solution = self.region.minimise(state, gradient, curvature, radius, damping, context)
+            if isinstance(self.region, Unbounded) and isinstance(self.radius, FixedRadius):
+                refuse_uphill(gradient, solution.step, curvature)
         predict = getattr(self.radius, "predict", None)
         if predict is not None:
             parts = cast("list[Tensor]", predict(gradient, curvature, solution, context))
@@ -145,6 +158,21 @@ class TrustRegion:
     def review(self, state: State, proposal: Proposal, loss: Tensor | None) -> Verdict:
         """Judge the previous step by this step's loss; for lagged policies."""
         return self.radius.review(state, proposal, loss)
+
+
+def refuse_uphill(gradient: Sequence[Tensor], step: Sequence[Tensor], curvature: CurvatureOperator) -> None:
+    """Raise where a step without a region goes uphill and nothing would judge it; an accelerator is not waited for."""
+    if torch.compiler.is_compiling() or any(p.device.type != "cpu" for p in step):
+        return
+    if getattr(curvature, "is_diagonal", False):
+        uphill = any(bool((g * p > 0).any()) for g, p in zip(gradient, step, strict=True))
+    else:
+        uphill = bool(vectors.dot(gradient, step) > 0)
+    if uphill:
+        raise ValueError(
+            "the curvature is indefinite, and without a region its step goes uphill: use a region (Box, L2Ball with "
+            "SteihaugCG), a policy that judges the step, a larger damping, or a curvature that is not negative"
+        )
 
 
 def scaled_by_lr(step: Sequence[Tensor], lr: Sequence[float | Tensor] | None) -> list[Tensor]:
