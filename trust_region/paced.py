@@ -11,7 +11,7 @@ from torch import Tensor
 
 from curvature import vectors
 from curvature.protocols import Needs, State
-from trust_region.protocols import Proposal, RadiusPolicy, Verdict
+from trust_region.protocols import Proposal, RadiusPolicy, StepContext, Verdict
 from trust_region.ratio_radius import RatioRadius
 
 ADAPTED = ("radius", "damping", "sigma")
@@ -51,6 +51,8 @@ class Paced:
         for name in ("predict", "scope", "adapts"):
             if hasattr(self.policy, name):
                 object.__setattr__(self, name, getattr(self.policy, name))
+        if hasattr(self.policy, "prepare"):
+            object.__setattr__(self, "prepare", self._prepare)
 
     @property
     def lagged(self) -> bool:
@@ -84,15 +86,27 @@ class Paced:
         before = _adapted(state)
         return self._hold(state, before, self.policy.review(state, proposal, loss))
 
+    def _prepare(self, state: State, context: StepContext) -> None:
+        """A policy that moves its radius before the step is held there; its memory goes on."""
+        before = _adapted(state)
+        self.policy.prepare(state, context)  # type: ignore[attr-defined]
+        due = self._due(cast(Tensor, state["pace_steps"]) + 1.0)
+        _put_back(state, before, due)
+
+    def _due(self, steps: Tensor) -> Tensor:
+        return (steps > self.warmup) & (torch.remainder(steps - self.warmup - 1, self.every) == 0)
+
     def _hold(self, state: State, before: dict[str, list[Tensor]], verdict: Verdict) -> Verdict:
-        steps = cast(Tensor, state["pace_steps"]).add_(1.0)
-        due = (steps > self.warmup) & (torch.remainder(steps - self.warmup - 1, self.every) == 0)
-        move = due | ~verdict.accepted.to(due.device)
-        for key, old in before.items():
-            for now, then in zip(_tensors(state[key]), old, strict=True):
-                now.copy_(torch.where(move.to(now.device), now, then))
+        due = self._due(cast(Tensor, state["pace_steps"]).add_(1.0))
+        _put_back(state, before, due | ~verdict.accepted.to(due.device))
         adapts = getattr(self.policy, "adapts", ("radius",))
         return replace(verdict, radius=_tensors(state[adapts[0]])[0].clone())
+
+
+def _put_back(state: State, before: dict[str, list[Tensor]], move: Tensor) -> None:
+    for key, old in before.items():
+        for now, then in zip(_tensors(state[key]), old, strict=True):
+            now.copy_(torch.where(move.to(now.device), now, then))
 
 
 def _tensors(entry: object) -> list[Tensor]:

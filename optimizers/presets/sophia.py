@@ -69,7 +69,9 @@ class SophiaH(SecondOrder):
     ) -> None:
         beta_1, beta_2 = check_betas(betas)
         check_sophia(gamma, rho, eps)
-        h = HutchinsonDiagonal(beta=beta_2, probes=probes, distribution=distribution, interval=interval, seed=seed)
+        h = HutchinsonDiagonal(
+            beta=beta_2, probes=probes, distribution=distribution, interval=interval, seed=seed
+        )
         super().__init__(
             params,
             lr,
