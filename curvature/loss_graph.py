@@ -82,13 +82,11 @@ class LossGraph:
         if not pairs:  # a loss that is linear in θ
             return [torch.zeros_like(p) for p in self.params]
         with explain_missing_derivative():
-            products = torch.autograd.grad(
+            products = differentiate(
                 [e for e, _, _ in pairs],
                 self.params,
                 [x.to(p.dtype) for _, x, p in pairs],
                 retain_graph=not last,
-                allow_unused=True,
-                materialize_grads=True,
             )
         return [p.detach() for p in products]
 
@@ -167,7 +165,7 @@ class LossGraph:
 
 
 def differentiate(
-    outputs: Sequence[Tensor],
+    outputs: Sequence[Tensor] | Sequence[GradientEdge],
     params: Sequence[Tensor],
     seeds: Sequence[Tensor] | None,
     *,
@@ -177,7 +175,7 @@ def differentiate(
     """``torch.autograd.grad`` with zeros for parameters that are unused, or frozen at this moment."""
     found = iter(
         torch.autograd.grad(
-            list(outputs),
+            outputs,
             [p for p in params if p.requires_grad],
             seeds,
             retain_graph=retain_graph,

@@ -74,7 +74,8 @@ def assert_equal_steps(
         for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=rtol, atol=1e-12, msg=lambda m, t=t: f"step {t}: {m}")
     moved = max(
-        float((p - q).abs().max()) for p, q in zip(ours.parameters(), network().parameters(), strict=True)
+        float((p - q).detach().abs().max())
+        for p, q in zip(ours.parameters(), network().parameters(), strict=True)
     )
     assert moved > 1e-2  # the test compares steps that were taken
 
