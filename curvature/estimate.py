@@ -76,7 +76,7 @@ def from_statistics(
     """
     state = estimator.init(problem.params)
     own = getattr(estimator, "measure", None)
-    wants_gradient = Needs.GRAD in estimator.needs
+    wants_gradient = measure is None and Needs.GRAD in estimator.needs
     statistics: Statistics = {}
     gradient: list[Tensor] | None = None
     loss: Tensor | None = None

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 WeightFn = Callable[[Any], Any]
 
+
 @dataclass(frozen=True)
 class Reduction:
     """How a loss combines the elements of a target.
@@ -44,13 +45,13 @@ class Reduction:
         """W."""
         return float(self.weights.sum())
 
-    def per_sample(self) -> Tensor:
-        """c_n, one a sample.
+    def per_sample(self, count: int | None = None) -> Tensor:
+        """c_n, one a sample; ``count`` samples where a sequence's positions were flattened into dim 0.
 
         For a mean, the sample's part of W. For a sum, a sample's own loss is the sum over its elements, and
         c_n the mean weight of those that count: 1 unless there are class weights.
         """
-        w = self.weights.reshape(self.weights.shape[0], -1)
+        w = self.weights.reshape(count or self.weights.shape[0], -1)
         if self.kind == "mean":
             return w.sum(1) / w.sum()
         return w.sum(1) / (w != 0).sum(1).clamp(min=1)
@@ -119,21 +120,40 @@ def normalised(weights: Sequence[float]) -> list[float]:
 
 
 def sample_weights(
-    loss_fn: Callable[[Any, Any], Tensor], outputs: Any, target: Any, weight_fn: WeightFn | None = None
+    loss_fn: Callable[[Any, Any], Tensor],
+    outputs: Any,
+    target: Any,
+    weight_fn: WeightFn | None = None,
+    count: int | None = None,
 ) -> Tensor:
     """c_n of every sample in the loss of this batch; 0 for a masked one.
+
+    Args:
+        loss_fn: ``loss_fn(outputs, target)``.
+        outputs: of the model.
+        target: the batch's.
+        weight_fn: the weight of a target, for a mean that is not known.
+        count: N, where the target holds a whole number of rows a sample (positions flattened into dim 0).
 
     Raises:
         ValueError: where the loss is neither known nor a weighted sum of the samples' own losses.
     """
     known = known_reduction(loss_fn, target)
     if known is not None:
-        return known.per_sample()
+        return known.per_sample(count)
     if weight_fn is not None:
-        count = measured_weights.batch_size(target)
-        weights = [given_weight(weight_fn, measured_weights.rows(target, n, count)) for n in range(count)]
-        return torch.tensor(normalised(weights), dtype=torch.float64)
-    return measured_weights.per_sample(loss_fn, outputs, target)
+        size = measured_weights.batch_size(target)
+        weights = [given_weight(weight_fn, measured_weights.rows(target, n, size)) for n in range(size)]
+        c = torch.tensor(normalised(weights), dtype=torch.float64)
+    else:
+        c = measured_weights.per_sample(loss_fn, outputs, target)
+    if count is None or count == c.numel():
+        return c
+    if abs(float(c.sum()) - 1) > 1e-6:
+        raise ValueError(
+            "a sum over positions that are flattened into dim 0 has no known sample: keep the samples in dim 0"
+        )
+    return c.reshape(count, -1).sum(1)
 
 
 # PyTorch's losses by what their mean divides by: every element, every row, or the weights of the classes.

@@ -69,7 +69,7 @@ class Problem:
         self.shares: Sequence[float | Tensor] = loss_weights.batch_shares(self, weight_fn)
 
     def restricted(self, params: Sequence[Tensor]) -> Problem:
-        """The same problem as a function of ``params`` alone, some of :attr:`params`."""
+        """The same problem as a function of ``params`` alone, some of the problem's own."""
         part = copy.copy(self)
         part.params = list(params)
         return part

@@ -1,0 +1,238 @@
+"""Sums of squares of every sample's own gradient, from layer inputs and the gradients of layer outputs.
+
+Legend: N samples; u_n sample n's share of the gradient of one scalar (a loss, or ⟨z, U⟩ for a vector U at the outputs),
+so Σ u_n is that gradient; r_n a weight a sample; the result is Σ_n r_n u_n², one tensor a parameter.
+
+Layers are recorded as the loss is computed (:mod:`curvature.layer_io`), one backward pass gives the gradients of all
+their outputs at once, and each layer's rule forms the squares (:mod:`curvature.per_sample_rules`). What a rule gives is
+believed only where it is proven for this graph: the sum of its u_n must be autograd's own gradient, and the rows that
+it ascribes to a sample must not feel the others' outputs. A parameter that no rule covers (used outside of its module,
+in a layer that mixes samples' rows) takes one backward pass a sample, which is exact and slow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from curvature.layer_io import Call, Recorder, Trace
+from curvature.loss_graph import LossGraph
+from curvature.measured_weights import leaves, rows
+from curvature.per_sample_rules import Use, squares_of_uses
+from curvature.probes import generator
+from curvature.side_effects import coupled_by_batch_norm
+from curvature.vectors import compute_dtype
+
+
+def recorder_for(model: nn.Module) -> Recorder:
+    """A recorder of every module that holds a trainable parameter of its own."""
+    names = [
+        name
+        for name, module in model.named_modules()
+        if any(p.requires_grad for p in module.parameters(recurse=False))
+    ]
+    return Recorder(model, names)
+
+
+def refuse_coupled(model: nn.Module) -> None:
+    """Refuse a model in which one sample's loss depends on the others."""
+    if (name := coupled_by_batch_norm(model)) is not None:
+        raise ValueError(
+            f"batch norm {name!r} is in training mode, where a sample has no gradient of its own: call "
+            "model.eval(), or use samples='batch'"
+        )
+
+
+@dataclass
+class PerSample:
+    """The samples' gradients on one living graph.
+
+    Args:
+        graph: the loss and its parameters.
+        model: the model that made it.
+        recorder: what recorded the model's layers during the forward pass.
+        count: N; every recorded layer's rows are N equal runs, one a sample.
+        of: the tensor whose gradients are taken: the loss, or the outputs.
+        independent: whether the samples are known not to feel each other (:func:`independent_samples`).
+
+    Cost: one backward pass without weight gradients, and the work of the weight gradients once more for their squares;
+    one backward pass a sample for parameters that no rule covers.
+    """
+
+    graph: LossGraph
+    model: nn.Module
+    recorder: Recorder
+    count: int
+    of: Tensor
+    independent: bool = False
+    covered: dict[int, list[Use]] = field(default_factory=dict)
+    proven: bool = False
+
+    def __post_init__(self) -> None:
+        refuse_coupled(self.model)
+        self.calls: list[Call] = []
+        self.found: Trace = self.recorder.trace(self.of)
+        modules = dict(self.model.named_modules())
+        position = {id(p): i for i, p in enumerate(self.graph.params)}
+        for name, calls in self.found.calls.items():
+            names = {
+                k: position[id(p)]
+                for k, p in modules[name].named_parameters(recurse=False)
+                if id(p) in position
+            }
+            for call in calls:
+                if not names:
+                    continue
+                use = Use.of(modules[name], call.record, len(self.calls), self.count)
+                self.calls.append(call)
+                for key, i in names.items():
+                    self.covered.setdefault(i, []).append(use.for_parameter(key))
+        for i, uses in list(self.covered.items()):
+            if any(use.inputs is None for use in uses):
+                del self.covered[i]
+
+    def squares(self, weights: Tensor, seed: Tensor | None = None) -> list[Tensor]:
+        """Σ_n r_n u_n² for the gradient of :attr:`of`, or of ⟨of, seed⟩.
+
+        Args:
+            weights: r, one a sample.
+            seed: shaped like ``of``.
+        """
+        params = self.graph.params
+        edges = [call.edge for call in self.calls]
+        reference: list[Tensor | None] = [None] * len(params)
+        if not self.proven:
+            gradients = self._gradients([*edges, *params], seed)
+            reference = gradients[len(edges) :]
+            self._refuse_mixed_rows()
+        else:
+            gradients = self._gradients(edges, seed)
+        total: list[Tensor] = [torch.zeros_like(p, dtype=compute_dtype(p.dtype)) for p in params]
+        rest = []
+        was_enabled, self.recorder.enabled = self.recorder.enabled, False
+        try:
+            for i, p in enumerate(params):
+                if not self.proven and reference[i] is None:
+                    self.covered[i] = []  # the gradient does not reach this parameter
+                if i not in self.covered:
+                    rest.append(i)
+                    continue
+                uses = [u for u in self.covered[i] if gradients[u.index] is not None]
+                expected = reference[i]
+                if not uses and (expected is None or not bool(torch.any(expected != 0))):
+                    continue
+                if not uses or not squares_of_uses(total[i], p, uses, gradients, weights, expected):
+                    del self.covered[i]
+                    rest.append(i)
+        finally:
+            self.recorder.enabled = was_enabled
+        self.proven = True
+        self._one_by_one(rest, total, weights, seed)
+        return total
+
+    def _gradients(self, of: Sequence[Tensor | GradientEdge], seed: Tensor | None) -> list[Tensor | None]:
+        if not of:
+            return []
+        return list(torch.autograd.grad(self.of, of, seed, retain_graph=True, allow_unused=True))  # type: ignore[arg-type]
+
+    def _one_by_one(
+        self, which: Sequence[int], total: list[Tensor], weights: Tensor, seed: Tensor | None
+    ) -> None:
+        """One backward pass a sample, from the sample's own rows of the outputs: exact for any model."""
+        if not which:
+            return
+        params = [self.graph.params[i] for i in which]
+        z = self.graph.output
+        if seed is None:
+            (seed,) = torch.autograd.grad(self.of, z, retain_graph=True)
+        for i in which:
+            total[i].zero_()
+        for n, run in enumerate(sample_rows(z, self.count)):
+            if float(weights[n]) == 0.0:
+                continue
+            own = torch.zeros_like(z)
+            own[run] = seed[run]
+            for i, g in zip(
+                which, torch.autograd.grad(z, params, own, retain_graph=True, allow_unused=True), strict=True
+            ):
+                if g is not None:
+                    g = g.to(total[i].dtype)
+                    total[i].add_(weights[n].to(g.device, g.dtype) * g * g)
+
+    def _refuse_mixed_rows(self) -> None:
+        """Leave to the slow way what depends on a layer whose rows feel another sample's outputs.
+
+        Half of the samples' outputs, drawn at random, are given a gradient: rows of the others must get none. A row
+        that is ascribed to the wrong sample shows in each of two draws with probability at least 1/4.
+        """
+        doubtful = [(i, use) for i, uses in self.covered.items() for use in uses if self._doubtful(use)]
+        if not doubtful or self.count == 1:
+            return
+        z = self.graph.output
+        edges = [call.edge for call in self.calls]
+        bad: set[int] = set()
+        for draw in range(2):
+            g = generator(0x9A17, draw, torch.device("cpu"))
+            inside = torch.zeros(self.count, dtype=torch.bool)
+            inside[torch.randperm(self.count, generator=g)[: (self.count + 1) // 2]] = True
+            own = torch.zeros_like(z)
+            for n, run in enumerate(sample_rows(z, self.count)):
+                if inside[n]:
+                    own[run] = 1.0
+            felt = self._gradients_of(z, edges, own)
+            for _, use in doubtful:
+                if (gradient := felt[use.index]) is not None and bool(
+                    (use.split(gradient)[~inside] != 0).any()
+                ):
+                    bad.add(use.index)
+        for i, uses in list(self.covered.items()):
+            if any(use.index in bad for use in uses):
+                del self.covered[i]
+
+    def _doubtful(self, use: Use) -> bool:
+        # Rows that are one a sample lie along dim 0, unless another axis is as long.
+        plain = use.inputs is not None and all(
+            x.shape[1] == 1 and self.count not in x.shape[2:3] for x in use.inputs
+        )
+        return not (self.independent and plain)
+
+    @staticmethod
+    def _gradients_of(of: Tensor, edges: Sequence[GradientEdge], seed: Tensor) -> list[Tensor | None]:
+        return list(torch.autograd.grad(of, edges, seed, retain_graph=True, allow_unused=True))
+
+
+def independent_samples(model: nn.Module, inputs: Any, outputs: Any, count: int) -> bool:
+    """Whether the first sample alone gives the outputs that it gives in the batch; False where that cannot be tried.
+
+    Cost: 1/N of a forward pass.
+    """
+    if count == 1:
+        return True
+    try:
+        with torch.no_grad():
+            alone = list(leaves(model(rows(inputs, 0, count))))
+        pairs = list(zip(alone, leaves(rows(outputs, 0, count)), strict=True))
+        same = [
+            bool((a - b.detach()).abs().max() <= 5 * torch.finfo(a.dtype).eps ** 0.6 * b.detach().abs().max())
+            for a, b in pairs
+            if a.is_floating_point() and a.numel()
+        ]
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError):
+        return False
+    return bool(same) and all(same)
+
+
+def sample_rows(z: Tensor, count: int) -> list[slice]:
+    """The rows of z that belong to each of ``count`` samples: equal runs along dim 0."""
+    if z.dim() == 0 or z.shape[0] % count:
+        raise ValueError(
+            f"outputs of shape {tuple(z.shape)} must hold the {count} samples along dim 0: per-sample curvature needs "
+            "batch-first outputs"
+        )
+    run = z.shape[0] // count
+    return [slice(n * run, (n + 1) * run) for n in range(count)]

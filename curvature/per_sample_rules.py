@@ -1,0 +1,176 @@
+"""How one layer's inputs and output gradients give the squares of the samples' weight gradients.
+
+Legend: a (N, r, …) a layer's input, r rows a sample; δ (N, r, …) the gradient of its output; u_n sample n's gradient of
+the layer's weight; r_n a weight a sample. For a linear layer with one row a sample, u_n = δ_n a_nᵀ and
+Σ_n r_n u_n² = (r δ²)ᵀ a²: no per-sample gradient is formed. Every other layer pulls δ_n back through its own forward
+function under ``torch.func.vmap``, in chunks of samples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from curvature.layer_io import Record
+from curvature.probes import probe
+
+#: Elements of per-sample gradients that are formed at a time.
+CHUNK_ELEMENTS = 1 << 24
+
+
+@dataclass(frozen=True)
+class Use:
+    """One use of one parameter: a call of the module that holds it.
+
+    Args:
+        module: that module.
+        index: which of the recorded calls.
+        count: N.
+        inputs: the call's inputs, (N, r, …); ``None`` where dim 0 cannot be split into samples.
+        key: the parameter's name in the module.
+    """
+
+    module: nn.Module
+    index: int
+    count: int
+    inputs: tuple[Tensor, ...] | None
+    key: str = ""
+
+    @classmethod
+    def of(cls, module: nn.Module, record: Record, index: int, count: int) -> Use:
+        """The use that ``record`` describes, with its inputs split into samples where that is possible."""
+        try:
+            record.check_unchanged()
+        except RuntimeError:
+            return cls(module, index, count, None)
+        shapes = [x.shape for x in record.inputs] + [record.shape]
+        if not record.inputs or any(len(s) == 0 or s[0] % count or s[0] == 0 for s in shapes):
+            return cls(module, index, count, None)
+        return cls(module, index, count, tuple(split(x, count) for x in record.inputs))
+
+    def for_parameter(self, key: str) -> Use:
+        """The same call, as a use of the parameter ``key``."""
+        return dataclasses.replace(self, key=key)
+
+    def split(self, gradient: Tensor) -> Tensor:
+        """The gradient of the output as (N, r, …)."""
+        return split(gradient, self.count)
+
+    @property
+    def single_row_linear(self) -> bool:
+        """Whether this is a linear layer that each sample passes in one row."""
+        return (
+            type(self.module) is nn.Linear and self.inputs is not None and self.inputs[0].dim() == 3
+        ) and self.inputs[0].shape[1] == 1
+
+
+def split(x: Tensor, count: int) -> Tensor:
+    """(N r, …) as (N, r, …)."""
+    return x.reshape(count, x.shape[0] // count, *x.shape[1:])
+
+
+def squares_of_uses(
+    total: Tensor,
+    parameter: Tensor,
+    uses: Sequence[Use],
+    gradients: Sequence[Tensor | None],
+    weights: Tensor,
+    reference: Tensor | None,
+) -> bool:
+    """Add Σ_n r_n u_n² to ``total``, u_n summed over all uses of the parameter.
+
+    Args:
+        total: shaped like the parameter.
+        parameter: the parameter.
+        uses: its uses.
+        gradients: the gradient at each recorded call.
+        weights: r.
+        reference: autograd's gradient; where given, Σ u_n must equal it.
+
+    Returns:
+        Whether the uses explain the gradient; if not, ``total`` is to be thrown away.
+    """
+    deltas = [shaped(gradients[use.index], use) for use in uses]
+    weights = weights.to(total.device, total.dtype)
+    if len(uses) == 1 and uses[0].single_row_linear:
+        return linear_squares(total, uses[0], deltas[0], weights, reference)
+    count = uses[0].count
+    step = max(1, CHUNK_ELEMENTS // max(1, parameter.numel()))
+    sums, power = torch.zeros_like(total), total.new_zeros(())
+    for begin in range(0, count, step):
+        part = slice(begin, min(begin + step, count))
+        u: Tensor | None = None
+        for use, delta in zip(uses, deltas, strict=True):
+            try:
+                own = pulled_back(use, delta, part)
+            except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, IndexError):
+                return False
+            u = own if u is None else u + own
+        assert u is not None
+        u = u.to(total.dtype)
+        total.add_(torch.einsum("n...,n->...", u * u, weights[part]))
+        if reference is not None:
+            sums.add_(u.sum(0))
+            power = power + (u * u).sum()
+    return reference is None or agree(
+        sums, reference.to(total.dtype), power, deltas[0].dtype, parameter.dtype
+    )
+
+
+def shaped(gradient: Tensor | None, use: Use) -> Tensor:
+    """The gradient at a call's node, in the shape (N, r, …) of its output."""
+    assert gradient is not None
+    return use.split(gradient)
+
+
+def linear_squares(total: Tensor, use: Use, delta: Tensor, weights: Tensor, reference: Tensor | None) -> bool:
+    """(r δ²)ᵀ a² for a weight, (r δ²)ᵀ 1 for a bias; checked on a random projection, without forming δᵀ a."""
+    assert use.inputs is not None
+    d = delta.reshape(use.count, -1).to(total.dtype)
+    scaled = d.square().mul_(weights.unsqueeze(1))
+    if use.key == "bias":
+        total.add_(scaled.sum(0))
+        return reference is None or agree(d.sum(0), reference.to(total.dtype), d.square().sum(), delta.dtype)
+    a = use.inputs[0].reshape(use.count, -1).to(total.dtype)
+    total.addmm_(scaled.T, a.square())
+    if reference is None:
+        return True
+    v = probe([a[0]], 0x11EA, 0)[0]
+    seen = (d.square().sum(1) * a.square().sum(1)).sum()
+    return agree(d.T @ (a @ v), reference.to(total.dtype) @ v, seen, delta.dtype, use.inputs[0].dtype)
+
+
+def agree(ours: Tensor, theirs: Tensor, power: Tensor, *dtypes: torch.dtype) -> bool:
+    """Whether two gradients are one to the rounding of ``dtypes``, measured against what was summed."""
+    tolerance = 5 * max(float(torch.finfo(dtype).eps) for dtype in dtypes) ** 0.6
+    scale = torch.maximum(torch.linalg.vector_norm(theirs), power.sqrt())
+    return bool(torch.linalg.vector_norm(ours - theirs) <= tolerance * scale)
+
+
+def pulled_back(use: Use, delta: Tensor, part: slice) -> Tensor:
+    """u_n for the samples of ``part``, (n, …): the pull-back of the module's own forward function, sample by sample."""
+    assert use.inputs is not None
+    a = use.inputs[0]
+    if type(use.module) is nn.Linear:
+        rows = delta[part].flatten(1, -2)
+        if use.key == "bias":
+            return rows.sum(1)
+        return torch.einsum("nro,nri->noi", rows, a[part].flatten(1, -2))
+    parameter = use.module.get_parameter(use.key).detach()
+
+    def one(inputs: tuple[Tensor, ...], d: Tensor) -> Tensor:
+        def forward(p: Tensor) -> Tensor:
+            out = torch.func.functional_call(use.module, {use.key: p}, inputs)
+            return out if isinstance(out, Tensor) else out[0]  # type: ignore[no-any-return]
+
+        pull = torch.func.vjp(forward, parameter)[1]
+        return pull(d)[0]  # type: ignore[no-any-return]
+
+    with warnings.catch_warnings(), torch.enable_grad():
+        warnings.simplefilter("ignore")  # vmap warns where it loops
+        return torch.func.vmap(one, randomness="error")(tuple(x[part] for x in use.inputs), delta[part])

@@ -1,0 +1,119 @@
+"""Exact diagonals against the dense float64 reference, over every loss and layer of ``cases``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from curvature import estimate
+from curvature.empirical_fisher import EmpiricalFisherDiagonal
+from curvature.gauss_newton_diagonal import GaussNewtonDiagonal
+from curvature.hessian_diagonal import HessianDiagonal
+from curvature.loss_graph import output_tensor
+from curvature.measured_weights import rows
+from tests.curvature import dense
+from tests.curvature.cases import LAYERS, LOSSES, Case, N
+
+CASES = LOSSES | LAYERS
+NO_DOUBLE_BACKWARD = ("attention", "attention, positions first")  # the fused kernel has none
+
+
+def diagonal(estimator: Any, case: Case, model: nn.Module) -> Tensor:
+    return dense.flat(estimate(estimator, model, case.loss_fn, [case.batch]).diagonal())
+
+
+def halves(case: Case) -> list[tuple[Any, Any]]:
+    """The batch in two uneven parts."""
+
+    def cut(tree: Any, part: slice) -> Any:
+        return {k: v[part] for k, v in tree.items()} if isinstance(tree, dict) else tree[part]
+
+    return [(cut(case.inputs, p), cut(case.target, p)) for p in (slice(0, 2), slice(2, None))]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gauss_newton_diagonal_is_exact(name: str) -> None:
+    case = CASES[name]
+    model = case.make()
+    outputs = model(case.inputs)
+    exact = dense.gauss_newton(
+        case.loss_fn(outputs, case.target), output_tensor(outputs), dense.trainable(model)
+    ).diagonal()
+    torch.testing.assert_close(diagonal(GaussNewtonDiagonal(), case, model), exact, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", NO_DOUBLE_BACKWARD)
+def test_hessian_diagonal_says_that_there_is_no_double_backward(name: str) -> None:
+    with pytest.raises(RuntimeError, match="attention kernel"):
+        diagonal(HessianDiagonal(), CASES[name], CASES[name].make())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_hessian_diagonal_is_exact(name: str) -> None:
+    case = CASES[name]
+    model = case.make()
+    if name in NO_DOUBLE_BACKWARD:
+        with sdpa_kernel(SDPBackend.MATH):
+            exact = dense.hessian(case.loss_fn(model(case.inputs), case.target), dense.trainable(model)).diagonal()
+            found = diagonal(HessianDiagonal(), case, model)
+        torch.testing.assert_close(found, exact, rtol=1e-8, atol=1e-10)
+        return
+    exact = dense.hessian(case.loss_fn(model(case.inputs), case.target), dense.trainable(model)).diagonal()
+    torch.testing.assert_close(diagonal(HessianDiagonal(), case, model), exact, rtol=1e-8, atol=1e-10)
+
+
+def shares_of_samples(case: Case, model: nn.Module) -> list[Tensor]:
+    """u_n = c_n g_n by a loop: the batch loss's gradient through sample n's outputs alone."""
+    params = dense.trainable(model)
+    outputs = model(case.inputs)
+    z = output_tensor(outputs)
+    (pull,) = torch.autograd.grad(case.loss_fn(outputs, case.target), z, retain_graph=True)
+    return [dense.gradient((z[n] * pull[n]).sum(), params) for n in range(N)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_per_sample_empirical_fisher_equals_the_loop_over_samples(name: str) -> None:
+    case = CASES[name]
+    model = case.make()
+    exact = torch.zeros(sum(p.numel() for p in dense.trainable(model)), dtype=torch.float64)
+    for c, u in zip(case.weights, shares_of_samples(case, model), strict=True):
+        if float(c) > 0:
+            exact += u**2 / c
+    found = diagonal(EmpiricalFisherDiagonal(samples="per_sample"), case, model)
+    torch.testing.assert_close(found, exact, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["cross entropy", "regression", "binary", "flattened", "half squares"])
+def test_per_sample_empirical_fisher_is_the_mean_square_of_own_gradients(name: str) -> None:
+    case = LOSSES[name]
+    model = case.make()
+    own = [case.loss_fn(model(case.inputs[n : n + 1]), rows(case.target, n, N)) for n in range(N)]
+    exact = dense.empirical_fisher(own, [1 / N] * N, dense.trainable(model)).diagonal()
+    torch.testing.assert_close(diagonal(EmpiricalFisherDiagonal(samples="per_sample"), case, model), exact)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in CASES if n not in ("positions flattened", "positions first, flattened")]
+)
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        GaussNewtonDiagonal(),
+        HessianDiagonal(),
+        EmpiricalFisherDiagonal(samples="per_sample"),
+        EmpiricalFisherDiagonal(),
+    ],
+    ids=["gauss-newton", "hessian", "per-sample", "batch"],
+)
+def test_a_split_batch_gives_the_same_diagonal(estimator: Any, name: str) -> None:
+    if isinstance(estimator, HessianDiagonal) and name in NO_DOUBLE_BACKWARD:
+        pytest.skip("the fused attention kernel has no double backward")
+    case = CASES[name]
+    model = case.make()
+    whole = diagonal(estimator, case, model)
+    parts = dense.flat(estimate(estimator, model, case.loss_fn, halves(case)).diagonal())
+    torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-9)
