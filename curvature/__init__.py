@@ -4,7 +4,10 @@ from curvature.adahessian_diagonal import AdaHessianDiagonal
 from curvature.conjugate_gradient import ConjugateGradientResult, Outcome, conjugate_gradient
 from curvature.empirical_fisher import EmpiricalFisherDiagonal
 from curvature.estimate import estimate
+from curvature.fisher_diagonal import FisherDiagonal
+from curvature.gauss_newton_diagonal import GaussNewtonDiagonal
 from curvature.gradient_variance import GradientVariance, RankOneCorrectedDiagonal
+from curvature.hessian_diagonal import HessianDiagonal
 from curvature.hutchinson import HutchinsonDiagonal
 from curvature.identity import Identity
 from curvature.kronecker import EKFAC, KFAC
@@ -52,10 +55,13 @@ __all__ = [
     "EmpiricalFisherDiagonal",
     "Estimator",
     "Fisher",
+    "FisherDiagonal",
     "FlooredDiagonal",
     "GaussNewton",
+    "GaussNewtonDiagonal",
     "GradientVariance",
     "Hessian",
+    "HessianDiagonal",
     "HutchinsonDiagonal",
     "Identity",
     "IdentityOperator",
