@@ -74,7 +74,7 @@ def build(
     estimator = estimators["identity" if curvature is None else curvature]
     region = trust_regions["unbounded" if trust_region is None else trust_region]
     parts: dict[str, list[str]] = {
-        "SecondOrder": ["lr", "momentum", "weight_decay", "maximize", "compile"],
+        "SecondOrder": ["lr", "momentum", "weight_decay", "maximize", "compile", "process_group"],
         f"curvature {curvature!r}": parameters_of(estimator),
         f"trust region {trust_region!r}": parameters_of(region),
     }
@@ -98,7 +98,7 @@ def parameters_of(factory: Callable[..., Any]) -> list[str]:
             and isinstance(factory, type)
             and issubclass(factory, SecondOrder)
         ):
-            names += ["weight_decay", "maximize", "compile"]
+            names += ["weight_decay", "maximize", "compile", "process_group"]
     return names
 
 

@@ -188,7 +188,8 @@ def check_shardable(ranks: Ranks, curvature: CurvatureEstimator, trust_region: T
             f"{name} needs {signal_names(curvature.needs.graph)}, which parameters sharded by fully_shard cannot give: "
             "use DDP, or curvature that needs only gradients"
         )
-    parts = (curvature, trust_region.region, trust_region.subproblem, trust_region.radius)
+    solver = trust_region.subproblem if trust_region.subproblem is not None else trust_region.region
+    parts = (curvature, solver, trust_region.radius)  # beside a solver the region only names the shape
     for part in parts:
         if part is not None and not getattr(part, "shardable", False):
             raise ValueError(
