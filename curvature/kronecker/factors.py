@@ -142,4 +142,7 @@ def reduce_gradients(rows: Sequence[Tensor], samples: int) -> Tensor:
 def gradient_factor_(into: Tensor, rows: Tensor) -> Tensor:
     """G += Σ g gᵀ over (groups, M, d_out) rows, in place."""
     rows = rows.to(into.dtype)
+    if into.shape[0] == 1:  # one matrix: the plain product is faster than a batch of one
+        into[0].addmm_(rows[0].mT, rows[0])
+        return into
     return into.baddbmm_(rows.mT, rows)
