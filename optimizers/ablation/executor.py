@@ -11,7 +11,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from optimizers.ablation.config import RunConfig
 from optimizers.ablation.errors import AblationError
@@ -21,11 +21,38 @@ RETRIES = 3  # of one run whose worker dies
 Listener = Callable[[RunConfig, int], None]
 
 
+class Ledger(Protocol):
+    """Who says which run is next: a list in this process, or a study that several machines share."""
+
+    def claim(self) -> RunConfig | None:
+        """Return a run that is now the caller's to make, or None where none is left."""
+        ...
+
+    def done(self, config: RunConfig) -> None:
+        """Say that a claimed run is in the store."""
+        ...
+
+
+class LocalLedger:
+    """The runs that are not in the store, in order."""
+
+    def __init__(self, configs: Sequence[RunConfig], store: Store) -> None:
+        unfinished = {config.key: config for config in configs if not store.has(config.key)}
+        self._waiting = deque(unfinished.values())
+
+    def claim(self) -> RunConfig | None:
+        return self._waiting.popleft() if self._waiting else None
+
+    def done(self, config: RunConfig) -> None:
+        pass
+
+
 def execute(
     configs: Sequence[RunConfig],
     store: Store,
     workers: int = 1,
     on_progress: Listener = lambda config, step: None,
+    ledger: Ledger | None = None,
 ) -> None:
     """Make every run that is not finished in the store.
 
@@ -33,26 +60,31 @@ def execute(
         configs: the runs.
         store: where finished runs are and go; the caller holds its lock.
         workers: how many run at the same time; 1 runs in this process.
-        on_progress: called with a run and how many of its steps are done; with all of them, once, at its end.
+        on_progress: called with a run and how many of its steps are done; with all of them at its end.
+        ledger: hands out the runs; None for those of `configs` that are not in the store.
 
     Raises:
         AblationError: a result cannot be written, or a run's worker died more than a few times.
     """
-    pending: dict[str, RunConfig] = {}
+    missing = 0
     for config in configs:
         if store.has(config.key):
             on_progress(config, config.steps)
         else:
-            pending[config.key] = config
-    if workers == 1:
-        from optimizers.ablation.run import train
+            missing += 1
+    chosen = LocalLedger(configs, store) if ledger is None else ledger
+    if workers > 1 and missing:
+        _Pool(chosen, store, min(workers, missing), on_progress).run()
+        return
+    from optimizers.ablation.run import train
 
-        for key, config in pending.items():
-            report = functools.partial(on_progress, config)
-            store.save(key, train(config, report, replayed(config, store)))
-            on_progress(config, config.steps)
-    elif pending:
-        _Pool(list(pending.values()), store, min(workers, len(pending)), on_progress).run()
+    while (config_or_none := chosen.claim()) is not None:
+        claimed = config_or_none
+        if not store.has(claimed.key):
+            report = functools.partial(on_progress, claimed)
+            store.save(claimed.key, train(claimed, report, replayed(claimed, store)))
+        chosen.done(claimed)
+        on_progress(claimed, claimed.steps)
 
 
 def replayed(config: RunConfig, store: Store) -> list[float] | None:
@@ -73,34 +105,33 @@ class _Worker:
 
 @dataclass
 class _Pool:
-    configs: list[RunConfig]
+    ledger: Ledger
     store: Store
     size: int
     on_progress: Listener
     deaths: dict[str, int] = field(default_factory=dict)
+    lost: deque[RunConfig] = field(default_factory=deque)  # claimed runs whose worker died
+    workers: list[_Worker] = field(default_factory=list)
 
     def run(self) -> None:
-        waiting = deque(self.configs)
-        workers = [self._start() for _ in range(self.size)]
         try:
             with selectors.DefaultSelector() as selector:
-                for worker in workers:
-                    self._watch(selector, worker)
-                    self._assign(worker, waiting)
+                for _ in range(self.size):
+                    self._start(selector)
                 while selector.get_map():
                     for event, _ in selector.select():
-                        self._read(selector, event.data, waiting, workers)
+                        self._read(selector, event.data)
         finally:
-            for worker in workers:
+            for worker in self.workers:
                 worker.process.kill()
-            for worker in workers:
+            for worker in self.workers:
                 worker.process.wait()
                 for stream in (worker.process.stdin, worker.process.stdout):
                     if stream is not None:
                         stream.close()
 
-    def _start(self) -> _Worker:
-        return _Worker(
+    def _start(self, selector: selectors.BaseSelector) -> None:
+        worker = _Worker(
             subprocess.Popen(
                 [sys.executable, "-m", "optimizers.ablation.worker", str(self.store.folder)],
                 stdin=subprocess.PIPE,
@@ -110,15 +141,22 @@ class _Pool:
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
             )
         )
-
-    def _watch(self, selector: selectors.BaseSelector, worker: _Worker) -> None:
+        self.workers.append(worker)
         assert worker.process.stdout is not None
         selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
+        self._assign(worker)
 
-    def _assign(self, worker: _Worker, waiting: deque[RunConfig]) -> None:
+    def _next(self) -> RunConfig | None:
+        while True:
+            config = self.lost.popleft() if self.lost else self.ledger.claim()
+            if config is None or not self.store.has(config.key):
+                return config
+            self.ledger.done(config)
+
+    def _assign(self, worker: _Worker) -> None:
         stdin = worker.process.stdin
         assert stdin is not None
-        worker.config = waiting.popleft() if waiting else None
+        worker.config = self._next()
         try:
             if worker.config is None:
                 stdin.close()  # the worker ends at the end of its input
@@ -127,54 +165,41 @@ class _Pool:
         except BrokenPipeError:
             pass  # it died; reading its output will tell
 
-    def _read(
-        self,
-        selector: selectors.BaseSelector,
-        worker: _Worker,
-        waiting: deque[RunConfig],
-        workers: list[_Worker],
-    ) -> None:
+    def _read(self, selector: selectors.BaseSelector, worker: _Worker) -> None:
         stdout = worker.process.stdout
         assert stdout is not None
         content = os.read(stdout.fileno(), 1 << 16)
         if not content:
             selector.unregister(stdout)
-            self._replace(selector, worker, waiting, workers)
+            self._replace(selector, worker)
             return
         *lines, worker.buffer = (worker.buffer + content).split(b"\n")
         for line in lines:
             message: dict[str, Any] = json.loads(line)
             if "fatal" in message:
                 raise AblationError(message["fatal"])
-            if worker.config is not None:
-                self.on_progress(worker.config, message["step"])
+            if worker.config is None:
+                continue
+            self.on_progress(worker.config, message["step"])
             if message.get("finished"):
-                self._assign(worker, waiting)
+                self.ledger.done(worker.config)
+                self._assign(worker)
 
-    def _replace(
-        self,
-        selector: selectors.BaseSelector,
-        worker: _Worker,
-        waiting: deque[RunConfig],
-        workers: list[_Worker],
-    ) -> None:
+    def _replace(self, selector: selectors.BaseSelector, worker: _Worker) -> None:
         worker.process.wait()
-        lost = worker.config
-        if lost is None:
+        config = worker.config
+        if config is None:
             return
-        if self.store.has(lost.key):  # it died between writing the run and saying so
-            self.on_progress(lost, lost.steps)
+        if self.store.has(config.key):  # it died between writing the run and saying so
+            self.ledger.done(config)
+            self.on_progress(config, config.steps)
         else:
-            self.deaths[lost.key] = self.deaths.get(lost.key, 0) + 1
-            if self.deaths[lost.key] > RETRIES:
+            self.deaths[config.key] = self.deaths.get(config.key, 0) + 1
+            if self.deaths[config.key] > RETRIES:
                 raise AblationError(
-                    f"the worker for {lost.cell.label} (seed {lost.seed}) died {RETRIES + 1} times, last with exit "
-                    f"code {worker.process.returncode}: is there enough memory? Finished runs are intact"
+                    f"the worker for {config.cell.label} (seed {config.seed}) died {RETRIES + 1} times, last with "
+                    f"exit code {worker.process.returncode}: is there enough memory? Finished runs are intact"
                 )
-            self.on_progress(lost, 0)
-            waiting.appendleft(lost)
-        if waiting:
-            fresh = self._start()
-            workers.append(fresh)
-            self._watch(selector, fresh)
-            self._assign(fresh, waiting)
+            self.on_progress(config, 0)
+            self.lost.append(config)
+        self._start(selector)

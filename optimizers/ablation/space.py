@@ -1,32 +1,84 @@
-"""The written search space: which learning rates (and other numbers) are tried for what.
+"""The written search space: which learning rates, and which other numbers, are tried for what.
 
-Frozen on purpose: a space that is widened for one method after its results were seen is no fair comparison.
+Frozen on purpose: a space that is widened for one method after its results were seen is no fair comparison. The
+one exception is a rule that holds for every cell alike: where the best trial has the least or the largest
+learning rate of all, the range is extended by a decade there and a few more trials are made.
 """
 
 from __future__ import annotations
 
-from optimizers.ablation.cell import Cell
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-# (low, high) of the learning rate by optimizer; log-uniform. The geometric mean is the typical value.
-LEARNING_RATES: dict[str, tuple[float, float]] = {
-    "torch-sgd": (1e-2, 1.0),
-    "torch-adamw": (1e-4, 1e-2),
-    "torch-muon": (1e-4, 1e-2),
-    "adamw": (1e-4, 1e-2),
-    "soaa": (1e-4, 1e-2),
-    "tadam": (1e-4, 1e-2),
-    "adahessian": (1e-2, 1.0),
-    "sophia-h": (1e-4, 1e-2),
-    "sophia-g": (1e-4, 1e-2),
-    "kfac": (1e-2, 1.0),
-    "ekfac": (1e-2, 1.0),
-    "shampoo": (1e-3, 1e-1),
-    "soap": (3e-4, 3e-2),
-    "muon": (1e-3, 1e-1),
-    "lars": (1e-2, 1.0),
-    "lamb": (1e-3, 1e-1),
+from optimizers.ablation.cell import Cell
+from optimizers.ablation.errors import AblationError
+
+DECADE = 10.0
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """A number that is searched log-uniformly between two bounds."""
+
+    name: str
+    low: float
+    high: float
+
+
+_FIRST_ORDER = (Dimension("lr", 1e-4, 1e-2),)
+_NORMALISED = (Dimension("lr", 1e-3, 1e-1),)
+_CURVED = (Dimension("lr", 1e-2, 1.0), Dimension("damping", 1e-4, 1e-1))
+
+SPACE: dict[str, tuple[Dimension, ...]] = {
+    "torch-sgd": (Dimension("lr", 1e-2, 1.0),),
+    "torch-adamw": _FIRST_ORDER,
+    "torch-muon": _FIRST_ORDER,
+    "adam": _FIRST_ORDER,
+    "adamw": _FIRST_ORDER,
+    "soaa": _FIRST_ORDER,
+    "tadam": _FIRST_ORDER,
+    "adahessian": (Dimension("lr", 1e-2, 1.0),),
+    "sophia-h": _FIRST_ORDER,
+    "sophia-g": _FIRST_ORDER,
+    "kfac": _CURVED,
+    "ekfac": _CURVED,
+    "shampoo": _NORMALISED,
+    "soap": (Dimension("lr", 3e-4, 3e-2),),
+    "muon": _NORMALISED,
+    "lars": (Dimension("lr", 1e-2, 1.0),),
+    "lamb": _NORMALISED,
 }
-UNKNOWN = (1e-4, 1.0)
+UNWRITTEN = (Dimension("lr", 1e-4, 1.0),)
+# These judge a trial and set their own step: nothing is searched, they have one run a seed.
+UNSEARCHED = (
+    "trust-region-newton",
+    "hessian-free",
+    "lsr1-trust-region",
+    "lbfgs-trust-region",
+    "arc",
+    "cat",
+    "natural-gradient",
+)
+
+
+def space(cell: Cell) -> tuple[Dimension, ...]:
+    """Return what is searched for a cell: what is written for its name, less the options that it fixes.
+
+    >>> [dimension.name for dimension in space(Cell.parse("torch-adamw:lr=0.1"))]
+    []
+    """
+    dimensions = () if cell.name in UNSEARCHED else SPACE.get(cell.name, UNWRITTEN)
+    fixed = {name for name, _ in cell.options}
+    return tuple(dimension for dimension in dimensions if dimension.name not in fixed)
+
+
+def fingerprint() -> str:
+    """Return a hash of the whole written space, which every report names."""
+    written = {name: [(d.name, d.low, d.high) for d in dimensions] for name, dimensions in SPACE.items()}
+    return hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def typical_learning_rates(cell: Cell) -> tuple[float | None, ...]:
@@ -42,8 +94,82 @@ def typical_learning_rates(cell: Cell) -> tuple[float | None, ...]:
     >>> typical_learning_rates(Cell("torch-adamw"))
     (0.0003, 0.001, 0.003, 0.01)
     """
-    if cell.optimizer not in LEARNING_RATES or any(name == "lr" for name, _ in cell.options):
+    rates = [dimension for dimension in space(cell) if dimension.name == "lr"]
+    if cell.name not in SPACE or not rates:
         return (None,)
-    low, high = LEARNING_RATES[cell.optimizer]
-    middle = float(f"{(low * high) ** 0.5:.3g}")
-    return (float(f"{0.3 * middle:.3g}"), middle, float(f"{3 * middle:.3g}"), high)
+    middle = float(f"{(rates[0].low * rates[0].high) ** 0.5:.3g}")
+    return (float(f"{0.3 * middle:.3g}"), middle, float(f"{3 * middle:.3g}"), rates[0].high)
+
+
+def quasi_random(dimensions: Sequence[Dimension], count: int, seed: int) -> list[dict[str, float]]:
+    """Return `count` points of a scrambled Sobol sequence, drawn by Optuna's quasi-Monte-Carlo sampler.
+
+    Args:
+        dimensions: what is searched; none gives one empty point.
+        count: how many points.
+        seed: of the scrambling; the same seed and count give the same points.
+
+    Returns:
+        One dictionary a point, with values rounded to 4 digits.
+    """
+    import warnings
+
+    import optuna
+
+    if not dimensions:
+        return [{}]
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        sampler = optuna.samplers.QMCSampler(seed=seed, scramble=True, warn_independent_sampling=False)
+    study = optuna.create_study(sampler=sampler)
+    asked: dict[str, optuna.distributions.BaseDistribution] = {
+        d.name: optuna.distributions.FloatDistribution(d.low, d.high, log=True) for d in dimensions
+    }
+    points = []
+    for number in range(count + 1):
+        trial = study.ask(asked)
+        study.tell(trial, 0.0)
+        if number > 0:  # the first is not quasi-random: the sampler learns the space from it
+            points.append({name: float(f"{value:.4g}") for name, value in trial.params.items()})
+    return points
+
+
+def extended(
+    dimensions: Sequence[Dimension], tried: Sequence[Mapping[str, float]], best: int
+) -> tuple[Dimension, ...]:
+    """Return the space to search next where the best learning rate is the least or the largest of all tried.
+
+    Args:
+        dimensions: what was searched last.
+        tried: every point so far.
+        best: which of them is the best.
+
+    Returns:
+        The same dimensions with the learning rate in the decade beyond that edge; empty where the best is
+        inside.
+
+    >>> tried = [{"lr": 0.001}, {"lr": 0.003}, {"lr": 0.008}]
+    >>> extended([Dimension("lr", 1e-4, 1e-2)], tried, 2)
+    (Dimension(name='lr', low=0.008, high=0.1),)
+    """
+    rates = [point["lr"] for point in tried if "lr" in point]
+    if len(rates) != len(tried) or not rates or any(not math.isfinite(rate) for rate in rates):
+        return ()
+    least, largest, chosen = min(rates), max(rates), rates[best]
+    current = next(d for d in dimensions if d.name == "lr")
+    if chosen == largest:
+        beyond = Dimension("lr", chosen, max(current.high, chosen) * DECADE)
+    elif chosen == least:
+        beyond = Dimension("lr", min(current.low, chosen) / DECADE, chosen)
+    else:
+        return ()
+    return tuple(beyond if d.name == "lr" else d for d in dimensions)
+
+
+def check_budget(trials: int, extension: int, extensions: int) -> None:
+    """Raise AblationError where a tuning budget is not possible."""
+    if trials < 0 or trials in (1, 2):
+        raise AblationError(f"trials must be 0 (no tuning) or >= 3, got {trials}")
+    if extension < 1 or extensions < 0:
+        raise AblationError(f"extension must be >= 1 and extensions >= 0, got {extension} and {extensions}")
