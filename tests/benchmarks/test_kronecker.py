@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -33,7 +34,7 @@ def interleaved(
 def test_factor_update_beside_the_gradient(fisher: str, limit: float | None) -> None:
     torch.manual_seed(0)
     sizes = (784, 1000, 500, 100, 10)
-    layers = [m for i, o in zip(sizes, sizes[1:]) for m in (nn.Linear(i, o), nn.ReLU())][:-1]
+    layers = [m for i, o in itertools.pairwise(sizes) for m in (nn.Linear(i, o), nn.ReLU())][:-1]
     model = nn.Sequential(*layers)
     x, y = torch.randn(128, 784), torch.randint(0, 10, (128,))
     params, kfac = list(model.parameters()), KFAC(model, fisher=fisher)
