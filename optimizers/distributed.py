@@ -70,7 +70,8 @@ class Ranks:
         """
         if not self.groups:
             return loss, finite
-        dtype = torch.float32 if loss is None else vectors.compute_dtype(loss.dtype)
+        # The same dtype whatever the loss's is, and whether there is one: ranks must agree on what they reduce.
+        dtype = torch.float32 if finite.device.type == "mps" else torch.float64
         # Σ loss, ranks that have one, ranks whose gradient is not finite
         given = torch.zeros(3, dtype=dtype, device=finite.device)
         if loss is not None:
@@ -78,7 +79,7 @@ class Ranks:
         given[2] = ~finite
         total, count, failed = self.sum_(given).unbind()
         if loss is not None:
-            return total / count, failed == 0
+            return (total / count).to(vectors.compute_dtype(loss.dtype)), failed == 0
         if bool(count > 0):
             raise RuntimeError("some ranks gave the step a loss and this one none: give it on every rank")
         return None, failed == 0

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.optim import lr_scheduler as S
+from torch.optim import lr_scheduler as S  # noqa: N812
 
 from optimizers import SOAA, AdamW, SecondOrder
 from trust_region import FixedRadius, TrustRegion
