@@ -3,8 +3,9 @@
 A forward hook leaves a :class:`Record` (module name, detached inputs) in the ``metadata`` of the autograd node that
 made the layer's output. That dictionary lives exactly as long as the node, so a loss that is thrown away takes its
 records with it, a module called twice leaves two, and several losses never mix.
-:meth:`Recorder.trace` finds the records by walking the graph; gradients of layer outputs are then taken at :class:`torch.autograd.graph.GradientEdge`, which is
-right under in-place activations too (the node is the one before the activation) and forms no weight gradient.
+:meth:`Recorder.trace` finds the records by walking the graph; gradients of layer outputs are
+then taken at :class:`torch.autograd.graph.GradientEdge`, which is right under in-place activations too (the node is
+the one before the activation) and forms no weight gradient.
 """
 
 from __future__ import annotations
