@@ -30,7 +30,7 @@ class Dimension:
 
 _FIRST_ORDER = (Dimension("lr", 1e-4, 1e-2),)
 _NORMALISED = (Dimension("lr", 1e-3, 1e-1),)
-_CURVED = (Dimension("lr", 1e-2, 1.0), Dimension("damping", 1e-4, 1e-1))
+_CURVED = (Dimension("lr", 1e-2, 1.0), Dimension("initial_damping", 1e-3, 1.0))
 
 SPACE: dict[str, tuple[Dimension, ...]] = {
     "torch-sgd": (Dimension("lr", 1e-2, 1.0),),
@@ -52,7 +52,7 @@ SPACE: dict[str, tuple[Dimension, ...]] = {
     "lamb": _NORMALISED,
 }
 UNWRITTEN = (Dimension("lr", 1e-4, 1.0),)
-# These judge a trial and set their own step: nothing is searched, they have one run a seed.
+# The replayed control takes the rate of what it replays; the others judge a trial and set their own step: nothing is searched, they have one run a seed.
 UNSEARCHED = (
     "trust-region-newton",
     "hessian-free",
@@ -61,6 +61,7 @@ UNSEARCHED = (
     "arc",
     "cat",
     "natural-gradient",
+    "adamw-replay",
 )
 
 
