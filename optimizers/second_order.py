@@ -14,7 +14,7 @@ from curvature import vectors
 from curvature.identity import Identity
 from curvature.loss_graph import LossGraph
 from curvature.protocols import TRANSIENT, CurvatureEstimator, Needs, Observation, State
-from optimizers import checkpoint, core, state_layout, trial
+from optimizers import blocked, checkpoint, core, elementwise, state_layout, trial
 from optimizers.checks import check_group, check_unmoved, signal_names
 from optimizers.distributed import Ranks, check_shardable, find_ranks
 from optimizers.momentum import Momentum, RunningMean
@@ -189,7 +189,7 @@ class SecondOrder(torch.optim.Optimizer):
         Raises:
             ValueError: where groups, entries or shapes do not fit.
         """
-        state_dict = state_dict.copy() if isinstance(state_dict, dict) else state_dict
+        state_dict = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = before(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
@@ -336,6 +336,8 @@ class SecondOrder(torch.optim.Optimizer):
         ranks: Ranks,
     ) -> None:
         """Refresh the curvature, propose, and move (or try)."""
+        if self._moved_elementwise(gradient, loss):
+            return
         params = self._shards
         composition = core.Composition(self.curvature, self.trust_region, self.momentum, ranks)
         seen = Observation(
@@ -367,6 +369,35 @@ class SecondOrder(torch.optim.Optimizer):
             verdict = core.review(composition, self._region_state, proposal, loss)
             self._apply(proposal.step, gradient)
         self._record(loss, proposal, verdict, actual)
+
+    def _moved_elementwise(self, gradient: Sequence[Tensor | None], loss: Tensor | None) -> bool:
+        """Take the step in place, block by block, where the composition and the tensors allow it."""
+        formula = elementwise.formula_of(self.curvature, self.trust_region, self.momentum)
+        betas = self._per_parameter("momentum")
+        if formula is None or any(b == 0.0 for b in betas) or find_ranks(self._params, None).shards is not None:
+            return False
+        params, mean = self._shards, self._momentum_buffers(betas)
+        second = cast("list[Tensor]", self._curvature_state["second_moment"])
+        if not blocked.suits(params, gradient, [*mean, *second]):
+            return False
+        counts = [self.state[p]["step"] for p in self._params]
+        torch._foreach_add_(counts, 1.0)
+        torch._foreach_add_(cast("list[Tensor]", self._curvature_state["count"]), 1.0)
+        inputs = blocked.Inputs(
+            params,
+            cast("Sequence[Tensor]", gradient),
+            mean,
+            second,
+            [float(t) for t in counts],
+            betas,
+            [float(eta) for eta in self._per_parameter("lr")],
+            self._per_parameter("weight_decay"),
+        )
+        radius = float(cast(Tensor, self._region_state["radius"]))
+        proposal = blocked.step_(formula, inputs, radius, self.trust_region.radius)
+        composition = core.Composition(self.curvature, self.trust_region, self.momentum)
+        self._record(loss, proposal, core.review(composition, self._region_state, proposal, loss), None)
+        return True
 
     def _gradient(self) -> list[Tensor | None]:
         """``.grad`` in the precision of the state, negated where a group climbs."""

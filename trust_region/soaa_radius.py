@@ -99,11 +99,21 @@ class SOAARadius(Policy):
         linear = [-x for x in vectors.dots(gradient, solution.step)]
         quadratic = vectors.dots(product, solution.step)
         lr = context.lr if context.lr is not None else [1.0] * len(linear)
-        if self.prediction == "paper":
-            return [eta * (a - 0.5 * b) for eta, a, b in zip(lr, linear, quadratic, strict=True)]
         scale = cast(
             "Sequence[Tensor | float]", solution.diagnostics.get("curvature_scale", [1.0] * len(linear))
         )
+        return self.predicted_from(linear, quadratic, lr, scale)
+
+    def predicted_from(
+        self,
+        linear: Sequence[Tensor],
+        quadratic: Sequence[Tensor],
+        lr: Sequence[Tensor | float],
+        scale: Sequence[Tensor | float],
+    ) -> list[Tensor]:
+        """P for every tensor, from ⟨g,u⟩, ⟨u,Bu⟩, η and 1+s."""
+        if self.prediction == "paper":
+            return [eta * (a - 0.5 * b) for eta, a, b in zip(lr, linear, quadratic, strict=True)]
         return [
             eta * (a - 0.5 * eta * k * b) for eta, a, b, k in zip(lr, linear, quadratic, scale, strict=True)
         ]
