@@ -52,7 +52,8 @@ SPACE: dict[str, tuple[Dimension, ...]] = {
     "lamb": _NORMALISED,
 }
 UNWRITTEN = (Dimension("lr", 1e-4, 1.0),)
-# The replayed control takes the rate of what it replays; the others judge a trial and set their own step: nothing is searched, they have one run a seed.
+# The replayed control takes the rate of what it replays; the others judge a trial and set their own step: nothing is
+# searched, they have one run a seed.
 UNSEARCHED = (
     "trust-region-newton",
     "hessian-free",
