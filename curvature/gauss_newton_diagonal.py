@@ -47,8 +47,9 @@ class GaussNewtonDiagonal(MeasuredDiagonal):
     >>> from curvature import estimate
     >>> model = torch.nn.Linear(2, 1, bias=False)
     >>> x = torch.tensor([[1.0, 2.0]])
-    >>> estimate(GaussNewtonDiagonal(), model, torch.nn.MSELoss(), [(x, torch.zeros(1, 1))]).diagonal()
-    [tensor([[2., 8.]])]
+    >>> B = estimate(GaussNewtonDiagonal(), model, torch.nn.MSELoss(), [(x, torch.zeros(1, 1))])
+    >>> B.diagonal()[0].round(decimals=4)  # H = 2 x xᵀ
+    tensor([[2., 8.]])
 
     Cost: a backward pass for each of a sample's outputs (classes times positions), with the layers' squares.
     References: Schraudolph 2002; Dangel, Kunstner & Hennig 2020, arXiv 1912.10985.

@@ -4,11 +4,9 @@ Legend: z the outputs; f = Σ_n c_n ℓ_n with ℓ_n = -log p(y_n | z_n); H_z = 
 at its outputs; s the score ∂ℓ/∂z for a drawn label, E[s sᵀ] = M. So H_z = diag(c_n M_n), whatever the reduction, class
 weights, masks or label smoothing of the loss, and σ = √c s has E[σ σᵀ] = H_z.
 
-| likelihood | unit | M | s |
-|---|---|---|---|
-| ``"categorical"`` | position, logits along one axis | diag(p) - p pᵀ | p - onehot(y) |
-| ``"bernoulli"`` | element, a logit | p (1 - p) | p - y |
-| ``"gaussian"`` | element, a mean, variance 1 | 1 | a standard normal |
+- ``"categorical"``: a unit is a position, with logits along one axis; M = diag(p) - p pᵀ, s = p - onehot(y).
+- ``"bernoulli"``: a unit is an element, a logit; M = p (1 - p), s = p - y.
+- ``"gaussian"``: a unit is an element, a mean, of variance 1; M = 1, s a standard normal.
 
 c is measured on the loss's own graph, and the measurement is checked by a second product; nothing is assumed.
 """
@@ -178,8 +176,7 @@ def depends_on_outputs(
         if likelihood == "gaussian":
             size = torch.ones_like(z)
         else:
-            cut = z.detach() if not product.requires_grad else z
-            size = unit_product(likelihood, cut, axis, unit)
+            size = unit_product(likelihood, z, axis, unit)
         sure = (where != 0) & (size.detach().abs() > 0.02)
         if not bool(sure.any()):
             return False

@@ -26,8 +26,6 @@ from curvature import measured_weights
 if TYPE_CHECKING:
     from curvature.problem import Problem
 
-WeightFn = Callable[[Any], Any]
-
 
 @dataclass(frozen=True)
 class Reduction:
@@ -57,7 +55,7 @@ class Reduction:
         return w.sum(1) / (w != 0).sum(1).clamp(min=1)
 
 
-def batch_shares(problem: Problem, weight_fn: WeightFn | None) -> Sequence[float]:
+def batch_shares(problem: Problem, weight_fn: Callable[[Any], Any] | None) -> Sequence[float]:
     """ω_b for every batch of ``problem``: W_b / Σ W for a weighted mean, 1 for a sum.
 
     A batch of total weight 0 (everything masked) has the share 0.
@@ -83,7 +81,7 @@ def batch_shares(problem: Problem, weight_fn: WeightFn | None) -> Sequence[float
     return measured_weights.shares(problem)
 
 
-def given_weight(weight_fn: WeightFn, target: Any) -> float:
+def given_weight(weight_fn: Callable[[Any], Any], target: Any) -> float:
     """W_b as the caller gives it: a number, or a tensor of weights to sum."""
     given = weight_fn(target)
     weight = float(given.sum()) if isinstance(given, Tensor) else float(given)
@@ -123,7 +121,7 @@ def sample_weights(
     loss_fn: Callable[[Any, Any], Tensor],
     outputs: Any,
     target: Any,
-    weight_fn: WeightFn | None = None,
+    weight_fn: Callable[[Any], Any] | None = None,
     count: int | None = None,
 ) -> Tensor:
     """c_n of every sample in the loss of this batch; 0 for a masked one.

@@ -3,7 +3,7 @@
 Legend: N samples; u_n sample n's share of the gradient of one scalar (a loss, or ⟨z, U⟩ for a vector U at the outputs),
 so Σ u_n is that gradient; r_n a weight a sample; the result is Σ_n r_n u_n², one tensor a parameter.
 
-Layers are recorded as the loss is computed (:mod:`curvature.layer_io`), one backward pass gives the gradients of all
+Layers are recorded as the loss is computed (``curvature/layer_io.py``), one backward pass gives the gradients of all
 their outputs at once, and each layer's rule forms the squares (:mod:`curvature.per_sample_rules`). What a rule gives is
 believed only where it is proven for this graph: the sum of its u_n must be autograd's own gradient, and the rows that
 it ascribes to a sample must not feel the others' outputs. A parameter that no rule covers (used outside of its module,

@@ -166,7 +166,7 @@ def pulled_back(use: Use, delta: Tensor, part: slice) -> Tensor:
     def one(inputs: tuple[Tensor, ...], d: Tensor) -> Tensor:
         def forward(p: Tensor) -> Tensor:
             out = torch.func.functional_call(use.module, {use.key: p}, inputs)
-            return out if isinstance(out, Tensor) else out[0]  # type: ignore[no-any-return]
+            return out if isinstance(out, Tensor) else out[0]
 
         pull = torch.func.vjp(forward, parameter)[1]
         return pull(d)[0]  # type: ignore[no-any-return]

@@ -87,7 +87,7 @@ class Problem:
             loss = self.loss_fn(outputs, target)
         if loss.numel() == 1 and not bool(torch.isfinite(loss)):
             raise ValueError(
-                f"the loss of a batch is {float(loss)}, and has no curvature: is every target in it "
+                f"the loss of a batch is {float(loss.detach())}, and has no curvature: is every target in it "
                 "masked, or did the model diverge?"
             )
         return Evaluation(share, inputs, target, outputs, LossGraph(loss, self.params, outputs))

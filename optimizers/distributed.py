@@ -89,7 +89,7 @@ class Ranks:
         if not self.groups:
             return
         tensors = [x for v in statistics.values() for x in (v if isinstance(v, list) else [v])]
-        self.mean_all_([x for x in tensors if isinstance(x, Tensor)])
+        self.mean_all_(tensors)
 
     def mean_all_(self, tensors: Sequence[Tensor]) -> None:
         """Average every tensor over ranks, in place."""
@@ -192,7 +192,7 @@ def check_shardable(ranks: Ranks, curvature: CurvatureEstimator, trust_region: T
     solver = trust_region.subproblem if trust_region.subproblem is not None else trust_region.region
     parts = (curvature, solver, trust_region.radius)  # beside a solver the region only names the shape
     for part in parts:
-        if part is not None and not getattr(part, "shardable", False):
+        if not getattr(part, "shardable", False):
             raise ValueError(
                 f"{type(part).__name__} works on whole tensors, and the parameters are sharded by fully_shard: use "
                 "DDP, or a part that says shardable = True"

@@ -63,8 +63,9 @@ def buffers_put_back() -> Iterator[None]:
             for module, buffers in saved.values():
                 # fully_shard leaves the root's parameters gathered after a forward pass without a backward pass;
                 # the next one would compute at the trial point although θ has moved back.
-                if hasattr(module, "reshard"):
-                    module.reshard()
+                reshard = getattr(module, "reshard", None)
+                if callable(reshard):
+                    reshard()
                 for name, (buffer, copy) in buffers.items():
                     # A forward pass may write into the buffer or put another in its place.
                     buffer.copy_(copy)

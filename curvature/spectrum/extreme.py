@@ -69,6 +69,7 @@ def extreme_eigenvalues(
         ValueError: for a count that is not within 1 … min(P, max_products).
         ArithmeticError: where a product is not finite.
 
+    >>> import torch
     >>> from curvature import DiagonalOperator
     >>> B = DiagonalOperator([torch.tensor([1.0, 5.0, 3.0, -2.0])])
     >>> extreme_eigenvalues(B, count=2).eigenvalues.round(decimals=4)
