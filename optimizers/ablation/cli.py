@@ -216,6 +216,27 @@ def list_names() -> None:
 app.command("spectrum")(spectrum_command.spectrum)
 
 
+@app.command()
+def show(
+    run: Annotated[str, typer.Argument(help="Key of a run, or the start of it.")],
+    out: Annotated[Path, typer.Option("--out", help="Results folder.")] = Path("soaa-results"),
+) -> None:
+    """Show one finished run: configuration, result, versions and machine."""
+    import json
+
+    from optimizers.ablation.store import Store
+
+    if not (out / "runs").is_dir():
+        raise AblationError(f"{out} holds no results: name the folder that soaa ablate wrote with --out")
+    record = Store(out).load(run)
+    shown = {
+        name: record[name]
+        for name in ("key", "status", "error", "config", "result", "environment")
+        if name in record
+    }
+    console.print_json(json.dumps(shown))
+
+
 def _numbers(option: str, text: str | None, kind: type) -> tuple[Any, ...] | None:
     if text is None:
         return None

@@ -96,7 +96,7 @@ class Store:
         if len(matches) != 1:
             problem = "no finished run" if not matches else f"{len(matches)} finished runs"
             raise AblationError(
-                f"{problem} in {self.folder} with the key {key!r}: soaa report {self.folder} lists them"
+                f"{problem} in {self.folder} with the key {key!r}: keys are the names of the files in {self.runs}"
             )
         return read_json(matches[0])
 
