@@ -39,7 +39,7 @@ UNSUPPORTED = {
     "capturable": "the state lies on the parameters' device already, leave the flag out",
     "differentiable": "the step runs under torch.no_grad; use torch.func for a differentiable update",
     "foreach": "the step always works on lists of tensors, leave the flag out",
-    "fused": "compile=True fuses the step",
+    "fused": "the step has one path, chosen by the composition and the device",
 }
 """Flags of ``torch.optim`` that a group might carry over, and what to do in their place."""
 

@@ -40,8 +40,8 @@ class SecondOrder(torch.optim.Optimizer):
             :class:`optimizers.momentum.Momentum`; 0 keeps none.
         weight_decay: λ >= 0, decoupled: θ ← θ - ηλθ.
         maximize: climb in place of descending; for curvature that needs only gradients.
-        compile: ``True`` compiles the step where only gradients are needed; ``False`` runs it as foreach calls;
-            ``"auto"`` compiles on an accelerator.
+        compile: ``"auto"`` or ``False``: foreach calls, and on a CPU block by block where the step is one formula an
+            element (SOAA, Adam, AdamW). ``True`` is refused: there is no compiled step yet.
         process_group: the data-parallel ranks over which losses and statistics are averaged: ``"auto"`` is the default
             group where ``torch.distributed`` is initialised, ``None`` nobody. Sharded parameters know theirs.
 
@@ -79,6 +79,10 @@ class SecondOrder(torch.optim.Optimizer):
         self.curvature: CurvatureEstimator = Identity() if curvature is None else curvature
         self.trust_region = TrustRegion() if trust_region is None else trust_region
         self.momentum: Momentum = RunningMean(momentum) if isinstance(momentum, (int, float)) else momentum
+        if compile is True:
+            raise ValueError('there is no compiled step yet, got compile=True: leave it at "auto"')
+        if compile not in (False, "auto"):
+            raise ValueError(f'compile must be False or "auto", got {compile!r}')
         self.compile = compile
         self.process_group = process_group
         self.needs: Needs = self.curvature.needs | self.trust_region.needs
