@@ -155,3 +155,14 @@ def test_operator_keeps_the_curvature_of_its_moment() -> None:
             before.append((B, B.to_dense()))
         for B, then in before:
             assert torch.equal(B.to_dense(), then)
+
+
+def test_any_damping_regularises_float32_factors_of_wide_range() -> None:
+    """In float32 the damping may lie far below the largest eigenvalue; the clamped eigenvalues stay invertible."""
+    torch.manual_seed(0)
+    model = nn.Linear(200, 3).float()
+    x, y = 100.0 * torch.randn(64, 200), torch.randn(64, 3)
+    B = estimate(KFAC(model), model, nn.MSELoss(), [(x.float(), y.float())])
+    v = [torch.randn_like(p) for p in model.parameters()]
+    for found in B.solve(v, 1e-3):
+        assert bool(torch.isfinite(found).all())

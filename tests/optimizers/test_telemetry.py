@@ -1,0 +1,75 @@
+"""Telemetry: every step arrives once, as it was, and nothing is read from the device in between."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+
+from optimizers import SOAA
+from optimizers.step_info import FIELDS
+from optimizers.telemetry import CSVSink, Telemetry, TensorBoardSink
+
+
+def run(steps: int, sinks: list, every: int, first_step: int = 0) -> list[dict[str, float]]:
+    w = torch.nn.Parameter(torch.tensor([2.0, -1.0]))
+    optimizer = SOAA([w], lr=0.1, total_steps=steps)
+    told = []
+    with Telemetry(optimizer, sinks, every=every, first_step=first_step):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            optimizer.backward((w * w).sum())
+            optimizer.step()
+            told.append(optimizer.step_info.as_floats())
+    optimizer.step(loss=1.0)  # after closing nothing is recorded
+    return told
+
+
+@pytest.mark.parametrize("every", [1, 3, 100])
+def test_callable_sees_every_step_once_and_in_order(every: int) -> None:
+    seen: list = []
+    told = run(7, [lambda step, record: seen.append((step, dict(record)))], every, first_step=10)
+    assert [step for step, _ in seen] == list(range(10, 17))
+    for (_, record), expected in zip(seen, told, strict=True):
+        assert record == pytest.approx(expected, nan_ok=True)
+
+
+def test_records_are_read_only_every_k_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = []
+    original = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(self.shape) or original(self))
+    seen: list = []
+    run(9, [lambda step, record: seen.append(step)], every=4)
+    assert reads == [(4, len(FIELDS)), (4, len(FIELDS)), (1, len(FIELDS))]
+
+
+def test_csv_appends_to_one_header(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "steps.csv"
+    told = run(3, [CSVSink(path)], every=2)
+    run(2, [CSVSink(path)], every=2, first_step=3)
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(r["step"]) for r in rows] == [0, 1, 2, 3, 4]
+    assert float(rows[1]["loss"]) == pytest.approx(told[1]["loss"])
+
+
+def test_tensorboard_files_hold_the_scalars(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    told = run(4, [TensorBoardSink(tmp_path)], every=3)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    found = events.Scalars("optimizer/radius")
+    assert [e.step for e in found] == [0, 1, 2, 3]
+    assert [e.value for e in found] == pytest.approx([t["radius"] for t in told])
+
+
+def test_bad_arguments_are_refused() -> None:
+    optimizer = SOAA([torch.nn.Parameter(torch.ones(1))])
+    with pytest.raises(ValueError, match="every must be >= 1, got 0"):
+        Telemetry(optimizer, [print], every=0)
+    with pytest.raises(ValueError, match="sink"):
+        Telemetry(optimizer, [])
