@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from optimizers.ablation import plot, results, workload
 from optimizers.ablation.config import Ablation, RunConfig
-from optimizers.ablation.executor import Listener, execute
+from optimizers.ablation.executor import Ledger, Listener, LocalLedger, execute
 from optimizers.ablation.results import Row
 from optimizers.ablation.run import check
 from optimizers.ablation.store import Store, write_bytes
@@ -83,7 +84,22 @@ def ablate(
     store = Store(Path(out))
     with store.lock():
         on_start(runs)
-        execute(runs, store, ablation.workers, on_progress)
+        with _ledger(ablation, runs, store) as ledger:
+            execute(runs, store, ablation.workers, on_progress, ledger)
         outcome = Outcome(ablation, Path(out), tuple(results.collect(runs, store)))
         outcome.write()
     return outcome
+
+
+@contextlib.contextmanager
+def _ledger(ablation: Ablation, runs: list[RunConfig], store: Store) -> Iterator[Ledger]:
+    if not ablation.storage:
+        yield LocalLedger(runs, store)
+        return
+    from optimizers.ablation.ledger import StudyLedger
+
+    ledger = StudyLedger(ablation.storage, f"soaa/{ablation.workload}", store, runs)
+    try:
+        yield ledger
+    finally:
+        ledger.close()

@@ -104,6 +104,10 @@ def ablate(
     workers: Annotated[int | None, typer.Option("--workers", help="Runs at the same time.")] = None,
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...")] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32, float64, bfloat16.")] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option("--storage", help="Study database to share runs through, sqlite:///FILE or other."),
+    ] = None,
     out: Annotated[Path, typer.Option("--out", help="Results folder; the same folder continues.")] = Path(
         "soaa-results"
     ),
@@ -127,6 +131,7 @@ def ablate(
         "workers": workers,
         "device": device,
         "dtype": dtype,
+        "storage": storage,
     }
     overrides = {name: value for name, value in asked.items() if value is not None}
     ablation = Ablation(**overrides) if config is None else read_config(config, overrides)

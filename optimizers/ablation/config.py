@@ -79,6 +79,8 @@ class Ablation:
         workers: processes that run at the same time.
         device: such as ``"cpu"`` or ``"cuda"``.
         dtype: such as ``"float32"``.
+        storage: address of an Optuna study database, such as ``"sqlite:///study.db"``: processes on any number of
+            machines that name it share the runs. Empty: the runs are this process's alone.
 
     Raises:
         AblationError: a value is out of range; names are checked by `check`.
@@ -100,6 +102,7 @@ class Ablation:
     workers: int = 1
     device: str = "cpu"
     dtype: str = "float32"
+    storage: str = ""
 
     def __post_init__(self) -> None:
         for name in ("optimizers", "curvature", "trust_region", "cells", "learning_rates"):
@@ -191,6 +194,7 @@ _SCALARS: dict[str, type] = {
     "workers": int,
     "device": str,
     "dtype": str,
+    "storage": str,
 }
 _CELL_KEYS = ("title", "optimizer", "curvature", "trust_region", "options")
 

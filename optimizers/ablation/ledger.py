@@ -30,6 +30,7 @@ from optimizers.ablation.store import Store, finite
 
 HEARTBEAT_SECONDS = 20
 GRACE_SECONDS = 90
+SQLITE_WAIT_SECONDS = 10.0
 MAX_RETRIES = 3
 CHUNK = 30_000  # characters: an attribute must fit a TEXT column of MySQL
 
@@ -245,7 +246,7 @@ def _open(url: str) -> Any:
     argument = next(n for n in ("heartbeat_stale_trial_callback", "failed_trial_callback") if n in names)
     arguments: dict[str, Any] = {argument: callback}
     if url.startswith("sqlite"):
-        arguments["engine_kwargs"] = {"connect_args": {"timeout": 10}}
+        arguments["engine_kwargs"] = {"connect_args": {"timeout": SQLITE_WAIT_SECONDS}}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return optuna.storages.RDBStorage(

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from optimizers.ablation import Ablation, AblationError, RunConfig, ablate
+from optimizers.ablation.executor import execute
+from optimizers.ablation.ledger import StudyLedger
+from optimizers.ablation.store import Store
+
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
+ABLATION = Ablation(
+    optimizers=("torch-sgd", "torch-adamw"), learning_rates=(0.01,), seeds=2, steps=4, evaluations=1
+)
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'study.db'}"
+
+
+@pytest.fixture
+def pair(tmp_path: Path, url: str) -> Iterator[tuple[StudyLedger, StudyLedger]]:
+    """Two machines: each with its own results folder, on one database."""
+    runs = ABLATION.runs()
+    ledgers = [StudyLedger(url, "s", Store(tmp_path / name), runs) for name in ("a", "b")]
+    yield ledgers[0], ledgers[1]
+    for ledger in ledgers:
+        ledger.close()
+
+
+def _trials(url: str, *states: TrialState) -> list[optuna.trial.FrozenTrial]:
+    return optuna.load_study(study_name="s", storage=url).get_trials(states=states or None)
+
+
+def _make(ledger: StudyLedger, config: RunConfig) -> None:
+    from optimizers.ablation.run import train
+
+    ledger.store.save(config.key, train(config))
+    ledger.done(config)
+
+
+def test_every_run_is_claimed_once_and_its_record_reaches_both_machines(
+    pair: tuple[StudyLedger, StudyLedger], url: str
+) -> None:
+    first, second = pair
+    claimed = []
+    for ledger in (first, second, second, first):
+        config = ledger.claim()
+        assert config is not None
+        claimed.append(config.key)
+        _make(ledger, config)
+    assert sorted(claimed) == sorted(run.key for run in ABLATION.runs())
+    assert first.claim() is None
+    assert second.claim() is None
+    assert first.store.keys() == second.store.keys() == sorted(claimed)
+    assert all(first.store.load(key) == second.store.load(key) for key in claimed)
+    assert [trial.state for trial in _trials(url)] == [TrialState.COMPLETE] * 4
+
+
+def test_run_of_a_process_that_died_is_queued_again_and_counted_once(tmp_path: Path, url: str) -> None:
+    code = (
+        "import os, sys; from pathlib import Path; from optimizers.ablation import Ablation;"
+        "from optimizers.ablation.ledger import StudyLedger; from optimizers.ablation.store import Store;"
+        "runs = Ablation(optimizers=('torch-sgd', 'torch-adamw'), learning_rates=(0.01,), seeds=2, steps=4,"
+        "evaluations=1).runs();"
+        "ledger = StudyLedger(sys.argv[1], 's', Store(Path(sys.argv[2])), runs);"
+        "ledger.claim(); os.kill(os.getpid(), 9)"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code, url, str(tmp_path / "dead")], cwd=root, check=False)
+    assert done.returncode == -9
+    assert len(_trials(url, TrialState.RUNNING)) == 1
+    store = Store(tmp_path / "alive")
+    ledger = StudyLedger(url, "s", store, ABLATION.runs())
+    execute(ABLATION.runs(), store, ledger=ledger)
+    ledger.close()
+    assert store.keys() == sorted(run.key for run in ABLATION.runs())
+    assert len(_trials(url, TrialState.COMPLETE)) == 4
+    assert len(_trials(url, TrialState.FAIL)) == 1
+    assert len(_trials(url)) == 5
+
+
+def test_shared_and_unshared_ablation_give_the_same_numbers(tmp_path: Path, url: str) -> None:
+    import dataclasses
+
+    alone = ablate(ABLATION, tmp_path / "alone")
+    shared = ablate(dataclasses.replace(ABLATION, storage=url), tmp_path / "shared")
+    clock = ("ms/step", "seconds to target")
+    tables = [
+        [{k: v for k, v in row.items() if k not in clock} for row in o.table()] for o in (alone, shared)
+    ]
+    assert tables[0] == tables[1]
+
+
+def test_locked_database_is_one_error_that_says_what_to_do(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("optimizers.ablation.ledger.SQLITE_WAIT_SECONDS", 0.1)
+    StudyLedger(url, "s", Store(tmp_path / "a"), ABLATION.runs()).close()
+    holder = sqlite3.connect(tmp_path / "study.db")
+    holder.execute("BEGIN EXCLUSIVE")
+    try:
+        with pytest.raises(AblationError, match=r"locked.*close that program.*intact"):
+            StudyLedger(url, "s", Store(tmp_path / "b"), ABLATION.runs())
+    finally:
+        holder.close()
+
+
+def test_database_of_another_version_is_one_error(tmp_path: Path, url: str) -> None:
+    StudyLedger(url, "s", Store(tmp_path / "a"), ABLATION.runs()).close()
+    with sqlite3.connect(tmp_path / "study.db") as database:
+        database.execute("UPDATE alembic_version SET version_num = 'v0.9.0.a'")
+    database.close()
+    with pytest.raises(AblationError, match="another version of Optuna"):
+        StudyLedger(url, "s", Store(tmp_path / "b"), ABLATION.runs())
+
+
+@pytest.mark.parametrize("address", ["nonsense", "nosuch://host/db", "sqlite:////nonexistent/folder/x.db"])
+def test_bad_address_is_one_error(tmp_path: Path, address: str) -> None:
+    with pytest.raises(AblationError, match="study database"):
+        StudyLedger(address, "s", Store(tmp_path), ABLATION.runs())
