@@ -193,7 +193,8 @@ class SecondOrder(torch.optim.Optimizer):
         Raises:
             ValueError: where groups, entries or shapes do not fit.
         """
-        state_dict = dict(state_dict)
+        given: Any = state_dict
+        state_dict = given.copy() if isinstance(given, dict) else given  # `checked` refuses what is no dictionary
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = before(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
@@ -298,6 +299,8 @@ class SecondOrder(torch.optim.Optimizer):
                 "closure() recomputes the loss on the same batch"
             )
         value = trial.loss_tensor(loss, params)
+        if closure is not None and self._pending.backwards > 1:
+            value = None  # a trainer's closure ends an accumulation: it returns the last part, backward saw them all
         try:
             self._step(closure, self._pending.loss if value is None else value, before, scale)
         finally:
