@@ -62,7 +62,7 @@ def test_pinned_peers_agree_with_the_constraints(
 
 
 def test_extras_are_the_documented_ones(project: dict[str, Any]) -> None:
-    assert set(project["optional-dependencies"]) == {"ablation", "test", "docs", "peers", "dev"}
+    assert set(project["optional-dependencies"]) == {"ablation", "test", "docs", "peers", "trainers", "dev"}
 
 
 @pytest.mark.parametrize("package", PACKAGES)
