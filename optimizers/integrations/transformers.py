@@ -16,7 +16,7 @@ else:
 
 
 class TrainerHook(Base):
-    """``trainer.add_callback(TrainerHook(trainer))``; give the trainer the optimizer by ``optimizers=(optimizer, None)``.
+    """Add it by ``trainer.add_callback(TrainerHook(trainer))``, of a trainer with ``optimizers=(optimizer, None)``.
 
     Accumulation, clipping, mixed precision, schedules, DDP and checkpoints stay the trainer's.
 
