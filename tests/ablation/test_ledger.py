@@ -51,9 +51,10 @@ def test_every_run_is_claimed_once_and_its_record_reaches_both_machines(
     pair: tuple[StudyLedger, StudyLedger], url: str
 ) -> None:
     first, second = pair
+    # all are claimed before any is made: a run that is being made is nobody else's
+    pairs = [(ledger, ledger.claim()) for ledger in (first, second, second, first)]
     claimed = []
-    for ledger in (first, second, second, first):
-        config = ledger.claim()
+    for ledger, config in pairs:
         assert config is not None
         claimed.append(config.key)
         _make(ledger, config)
