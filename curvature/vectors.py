@@ -26,7 +26,7 @@ def sharded(reduction: Reduction) -> Iterator[None]:
     """Inside, every tensor is this process's shard of a larger one, and sums over elements go over all shards.
 
     So a dot product, a norm or a count is the same number on every process, and code that forms its sums by
-    :func:`dots`, :func:`norm`, :func:`completed` and :func:`numel` need not know of shards at all.
+    ``dots``, ``norm``, ``completed`` and ``numel`` need not know of shards at all.
 
     Args:
         reduction: combines a tensor of partial results over the processes.

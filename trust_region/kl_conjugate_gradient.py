@@ -73,15 +73,11 @@ class KLConjugateGradient:
             max_iterations=self.max_iterations,
         )
         product = curvature.matvec(found.solution)
+        energy = vectors.dot(found.solution, product)
+        self._refuse_negative(energy, found.solution)
         if found.direction is not None:
-            bend = vectors.dot(found.direction, curvature.matvec(found.direction))
-            length = vectors.dot(found.direction, found.direction)
-            if bool(bend < -(torch.finfo(bend.dtype).eps ** 0.5) * length):
-                raise ValueError(
-                    f"KLConjugateGradient needs positive semi-definite curvature, and met pᵀBp = {float(bend):.3g} < 0"
-                    ": use a Fisher or Gauss-Newton curvature, or L2Ball with SteihaugCG for an indefinite one"
-                )
-        energy = vectors.dot(found.solution, product).clamp(min=0)
+            self._refuse_negative(vectors.dot(found.direction, curvature.matvec(found.direction)), found.direction)
+        energy = energy.clamp(min=0)
         factor = scaling(energy.sqrt(), radius.to(energy.device, energy.dtype).sqrt())
         return Solution(
             step=vectors.scale(found.solution, factor),
@@ -91,3 +87,11 @@ class KLConjugateGradient:
             curvature_step=vectors.scale(product, factor),
             diagnostics={"outcome": found.outcome.value},
         )
+
+    def _refuse_negative(self, bend: Tensor, p: Sequence[Tensor]) -> None:
+        """Without a positive pᵀBp the ellipsoid has no length for p; rounding may make a zero slightly negative."""
+        if bool(bend < -(torch.finfo(bend.dtype).eps ** 0.5) * vectors.dot(p, p)):
+            raise ValueError(
+                f"KLConjugateGradient needs positive semi-definite curvature, and met pᵀBp = {float(bend):.3g} < 0"
+                ": use a Fisher or Gauss-Newton curvature, or L2Ball with SteihaugCG for an indefinite one"
+            )

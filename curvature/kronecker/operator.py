@@ -191,8 +191,8 @@ class KroneckerOperator(Operator):
         """A tensor of damping on an accelerator is trusted: reading it would wait, and inf shows in the step."""
         if isinstance(damping, Tensor) and damping.device.type != "cpu":
             return
-        # The eigenvalues are clamped at 0, so any λ > 0 leaves nothing to divide by 0. Without one, an eigenvalue of the
-        # size of rounding beside the largest is a 0.
+        # The eigenvalues are clamped at 0, so any λ > 0 leaves nothing to divide by 0. Without one, an eigenvalue of
+        # the size of rounding beside the largest is a 0.
         rounding = torch.finfo(denominator.dtype).eps * denominator.shape[-1]
         smallest = 0.0 if float(damping) > 0 else float(rounding * denominator.amax())
         if not bool(denominator.amin() > smallest):
