@@ -20,7 +20,7 @@ tokens = tokenizer(good + bad, padding=True, return_tensors="pt")
 labels = [1] * len(good) + [0] * len(bad)
 data = [
     {"input_ids": i, "attention_mask": m, "labels": torch.tensor(y)}
-    for i, m, y in zip(tokens["input_ids"], tokens["attention_mask"], labels)
+    for i, m, y in zip(tokens["input_ids"], tokens["attention_mask"], labels, strict=True)
 ]
 
 torch.manual_seed(0)
