@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from optimizers.integrations.accelerate import AccelerateHook
 
 if TYPE_CHECKING:
-    from transformers import TrainerCallback as Base
+    Base = object  # types hold whether or not the library is installed
 else:
     try:
         from transformers import TrainerCallback as Base
