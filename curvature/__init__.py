@@ -1,6 +1,7 @@
 """What the loss surface looks like: curvature estimators, and the operators that they give."""
 
 from curvature.adahessian_diagonal import AdaHessianDiagonal
+from curvature.block_operator import BlockOperator
 from curvature.conjugate_gradient import ConjugateGradientResult, Outcome, conjugate_gradient
 from curvature.empirical_fisher import EmpiricalFisherDiagonal
 from curvature.estimate import estimate
@@ -19,6 +20,7 @@ from curvature.low_rank_operator import LowRankOperator
 from curvature.lsr1 import LSR1
 from curvature.matrix_free import EmpiricalFisher, Fisher, GaussNewton, Hessian, MatrixFreeOperator
 from curvature.operators import DiagonalOperator, IdentityOperator, Operator
+from curvature.per_parameter import PerParameter
 from curvature.problem import Problem
 from curvature.protocols import (
     TRANSIENT,
@@ -46,6 +48,7 @@ __all__ = [
     "SOAP",
     "TRANSIENT",
     "AdaHessianDiagonal",
+    "BlockOperator",
     "ConjugateGradientResult",
     "ConvergenceError",
     "CurvatureEstimator",
@@ -73,6 +76,7 @@ __all__ = [
     "Observation",
     "Operator",
     "Outcome",
+    "PerParameter",
     "Problem",
     "RankOneCorrectedDiagonal",
     "Registry",

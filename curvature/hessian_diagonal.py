@@ -63,13 +63,14 @@ class HessianDiagonal(MeasuredDiagonal):
         for p, g, h in zip(graph.params, graph.differentiable_gradient(), diagonal, strict=True):
             if not g.requires_grad:
                 continue
-            flat = h.view(-1)
+            flat = torch.zeros(h.shape, dtype=h.dtype, device=h.device).view(-1)  # h may have other strides
             for i, entry in enumerate(g.reshape(-1)):
                 with explain_missing_derivative():
                     (row,) = torch.autograd.grad(
                         entry, p, retain_graph=True, allow_unused=True, materialize_grads=True
                     )
                 flat[i] = row.detach().reshape(-1)[i]
+            h.copy_(flat.view(h.shape))
         return {"diagonal": diagonal}
 
 

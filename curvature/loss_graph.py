@@ -149,6 +149,10 @@ class LossGraph:
         """Jᵀ H_z J v."""
         return self.vjp(self.loss_hvp(self.jvp(v)))
 
+    def restricted(self, indices: Sequence[int]) -> LossGraph:
+        """The same loss as a function of some of its parameters."""
+        return LossGraph(self.loss, [self.params[i] for i in indices], self._given_outputs)
+
     def release(self) -> None:
         """Drop what holds the graph alive."""
         self._gradient_edges = None
