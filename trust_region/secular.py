@@ -1,8 +1,8 @@
 """The secular equation of a diagonal model: exact steps in a Euclidean ball, and exact cubic steps.
 
 Legend: the model is gᵀp + ½ Σ h_i p_i², with vectors g and h in the eigenbasis of B. The multiplier μ >= 0 makes
-(h + μ) p = -g. With d = h - min(h) >= 0 and the shifted multiplier s = μ + min(h) the step is p(s) = -g / (d + s),
-free of the cancellation that h + μ suffers near μ = -min(h); E is where d = 0.
+(h + μ) p = -g. With μ = t + max(-min(h), 0) and d = h + max(-min(h), 0) >= 0 the step is p(t) = -g / (d + t), t >= 0:
+neither d + t nor μ suffers cancellation, near μ = -min(h) as little as near μ = 0. E is where d = 0.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ class SecularStep:
     hard: bool
 
 
-def _step(g: Tensor, d: Tensor, s: float) -> Tensor:
-    # g = 0 gives p = 0 also where d + s = 0.
-    return torch.where(g == 0, torch.zeros_like(g), -g / (d + s))
+def _step(g: Tensor, d: Tensor, t: float) -> Tensor:
+    # g = 0 gives p = 0 also where d + t = 0.
+    return torch.where(g == 0, torch.zeros_like(g), -g / (d + t))
 
 
-def _slope(p: Tensor, norm: float, d: Tensor, s: float) -> float:
-    """Σ (p/‖p‖)² / (d + s), which is d(1/‖p‖)/ds · ‖p‖; scaled so that no square overflows."""
+def _slope(p: Tensor, norm: float, d: Tensor, t: float) -> float:
+    """Σ (p/‖p‖)² / (d + t), which is d(1/‖p‖)/dt · ‖p‖; scaled so that no square overflows."""
     w = p / norm
-    return float(torch.where(p == 0, torch.zeros_like(p), w * w / (d + s)).sum())
+    return float(torch.where(p == 0, torch.zeros_like(p), w * w / (d + t)).sum())
 
 
-def _newton(s: float, correction: float, low: float, high: float) -> float:
+def _newton(t: float, correction: float, low: float, high: float) -> float:
     """The Newton iterate, or the middle where it leaves the bracket."""
-    new = s + correction
+    new = t + correction
     if not low < new < high:
         new = 0.5 * (low + high)
     return new
@@ -87,32 +87,34 @@ def minimise_in_ball(g: Tensor, h: Tensor, radius: float) -> SecularStep:
             f"the curvature has the eigenvalue {h_min:.3g} <= 0, so that the model has no minimum without a region: "
             "use a finite radius or a larger damping"
         )
-    d = h - h_min
+    shift = max(-h_min, 0.0)
+    d = h + shift
     norm_e = float(torch.linalg.vector_norm(torch.where(d == 0, g, torch.zeros_like(g))))
-    low = max(h_min, norm_e / radius, norm_g / radius - (h_max - h_min), 0.0)
     if h_min <= 0 and norm_e == 0:
         p = _step(g, d, 0.0)
         rest = float(torch.linalg.vector_norm(p))
         if rest <= radius:
             p[int(torch.argmin(h))] = math.sqrt((radius - rest) * (radius + rest))
-            return SecularStep(p, -h_min, True, True)
+            return SecularStep(p, shift, True, True)
+    # ‖g_E‖/t and ‖g‖/(max d + t) bound ‖p(t)‖ from below, ‖g‖/t from above
+    low = max(norm_e / radius, norm_g / radius - float(d.max()), 0.0)
     high = max(norm_g / radius, low)
-    s, p, norm = low, _step(g, d, low), math.inf
+    t, p, norm = low, _step(g, d, low), math.inf
     eps = torch.finfo(g.dtype).eps
     for _ in range(MAX_ITERATIONS):
-        p = _step(g, d, s)
+        p = _step(g, d, t)
         norm = float(torch.linalg.vector_norm(p))
         if abs(norm - radius) <= 2 * eps * radius:
             break
-        low, high = (s, high) if norm > radius else (low, s)
-        slope = _slope(p, norm, d, s) if math.isfinite(norm) else math.inf
-        new = _newton(s, (norm / radius - 1) / slope if math.isfinite(slope) else math.nan, low, high)
-        if new in (s, low) and norm <= radius * (1 + 64 * eps):
+        low, high = (t, high) if norm > radius else (low, t)
+        slope = _slope(p, norm, d, t) if math.isfinite(norm) else math.inf
+        new = _newton(t, (norm / radius - 1) / slope if math.isfinite(slope) else math.nan, low, high)
+        if new in (t, low) and norm <= radius * (1 + 64 * eps):
             break
-        s = new
+        t = new
     if norm > radius:
         p = p * (radius / norm)
-    return SecularStep(p, max(s - h_min, 0.0), True, False)
+    return SecularStep(p, t + shift, True, False)
 
 
 def minimise_cubic(g: Tensor, h: Tensor, sigma: float) -> SecularStep:
@@ -138,36 +140,37 @@ def minimise_cubic(g: Tensor, h: Tensor, sigma: float) -> SecularStep:
         return SecularStep(torch.full_like(g, math.nan), math.nan, False, False)
     if norm_g == 0:
         return SecularStep(torch.zeros_like(g), 0.0, False, False)
-    d = h - h_min
+    shift = max(-h_min, 0.0)
+    d = h + shift
     norm_e = float(torch.linalg.vector_norm(torch.where(d == 0, g, torch.zeros_like(g))))
     if h_min < 0 and norm_e == 0:
         p = _step(g, d, 0.0)
-        rest, wanted = float(torch.linalg.vector_norm(p)), -h_min / sigma
+        rest, wanted = float(torch.linalg.vector_norm(p)), shift / sigma
         if rest <= wanted:
             p[int(torch.argmin(h))] = math.sqrt((wanted - rest) * (wanted + rest))
-            return SecularStep(p, -h_min, True, True)
-    # ‖g‖/(h_max+μ) <= ‖p(μ)‖ <= ‖g‖/s bound the root from both sides; the first gives μ(h_max + μ) >= σ‖g‖.
-    root = math.hypot(h_max, 2 * math.sqrt(sigma * norm_g))
-    mu_low = 2 * sigma * norm_g / (h_max + root) if h_max > 0 else 0.5 * (root - h_max)
-    low = max(h_min, 0.0, mu_low + h_min)
-    high = max(h_min, 0.0) + math.sqrt(sigma * norm_g) * (1 + 1e-12)
-    if low <= max(h_min, 0.0):
-        low = max(h_min, 0.0)
-        s = low + 1e-3 * (high - low)
-    else:
-        s = low
-    p = _step(g, d, s)
+            return SecularStep(p, shift, True, True)
+    # From ‖g‖/(h_max+μ) <= ‖p‖, ‖g_E‖/t <= ‖p‖ and ‖p‖ <= ‖g‖/t, with ‖p‖ = μ/σ and μ = t + shift.
+    low = max(_root(h_max, sigma * norm_g) - shift, _root(shift, sigma * norm_e) if shift else 0.0, 0.0)
+    high = max(_root(shift, sigma * norm_g) * (1 + 1e-12), low)
+    t, p = low, _step(g, d, low)
     eps = torch.finfo(g.dtype).eps
     for _ in range(MAX_ITERATIONS):
-        p = _step(g, d, s)
-        norm, mu = float(torch.linalg.vector_norm(p)), s - h_min
+        p = _step(g, d, t)
+        norm, mu = float(torch.linalg.vector_norm(p)), t + shift
         if abs(sigma * norm - mu) <= 4 * eps * mu or not low < high:
             break
-        low, high = (s, high) if sigma * norm > mu else (low, s)
-        # ψ(s) = 1/‖p‖ - σ/μ = 0, so ψ·‖p‖ = 1 - σ‖p‖/μ and ψ'·‖p‖ = slope + σ‖p‖/μ².
-        slope = _slope(p, norm, d, s) + sigma * norm / mu**2
-        new = _newton(s, (sigma * norm / mu - 1) / slope, low, high)
-        if new in (s, low, high):
+        low, high = (t, high) if sigma * norm > mu else (low, t)
+        # ψ(t) = 1/‖p‖ - σ/μ = 0, so ψ·‖p‖ = 1 - σ‖p‖/μ and ψ'·‖p‖ = slope + σ‖p‖/μ².
+        excess = sigma * norm / mu
+        correction = (excess - 1) / (_slope(p, norm, d, t) + excess / mu) if math.isfinite(norm) else math.nan
+        new = _newton(t, correction, low, high)
+        if new in (t, low, high):
             break
-        s = new
-    return SecularStep(p, s - h_min, True, False)
+        t = new
+    return SecularStep(p, t + shift, True, False)
+
+
+def _root(b: float, c: float) -> float:
+    """The root x >= 0 of x(x + b) = c, without cancellation."""
+    root = math.hypot(b, 2 * math.sqrt(c))
+    return 2 * c / (b + root) if b > 0 else 0.5 * (root - b)

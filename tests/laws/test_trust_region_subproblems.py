@@ -311,3 +311,11 @@ def test_nan_in_a_product_ends_the_search_at_the_last_good_iterate(solver: Any, 
         assert float(vectors.norm(found.step)) == 0
     else:
         torch.testing.assert_close(found.step, clean.step)
+
+
+def test_cubic_step_survives_a_multiplier_below_the_rounding_of_the_curvature() -> None:
+    """μ = σ‖p‖ of 1e-10 beside h of 1e8: μ found as (h + μ) - h would be 0."""
+    g, h = torch.tensor([1.0, 1.0], dtype=torch.float64), torch.tensor([1e8, 3e8], dtype=torch.float64)
+    found = minimise_cubic(g, h, 1e-2)
+    assert found.multiplier == pytest.approx(1e-2 * float((g / h).norm()), rel=1e-9)
+    torch.testing.assert_close(found.step, -g / h, rtol=1e-12, atol=0.0)
