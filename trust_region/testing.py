@@ -250,7 +250,7 @@ def check_region(region: Region, kinds: Sequence[str] = KINDS, seeds: Sequence[i
 
     Args:
         region: what to check.
-        kinds: kinds of problems, as in :func:`random_problem`.
+        kinds: kinds of problems, as in ``random_problem``.
         seeds: one problem each.
 
     Raises:
@@ -303,7 +303,7 @@ def check_subproblem(
 
     Args:
         subproblem: what to check; with ``weight = "sigma"`` it is a cubic model's.
-        kinds: kinds of problems, as in :func:`random_problem`.
+        kinds: kinds of problems, as in ``random_problem``.
         seeds: one problem each.
 
     Raises:
