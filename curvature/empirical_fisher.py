@@ -119,8 +119,8 @@ class EmpiricalFisherDiagonal(Estimator):
             return from_statistics(self, problem)
         refuse_coupled(problem.model)
         recorder = recorder_for(problem.model)
-
-        def measure(state: State, seen: Evaluation) -> Statistics:
+        total: list[Tensor] | None = None
+        for seen in problem.evaluations():
             count = samples_of(seen)
             c = loss_weights.sample_weights(
                 problem.loss_fn, seen.outputs, seen.target, problem.weight_fn, count
@@ -129,9 +129,10 @@ class EmpiricalFisherDiagonal(Estimator):
             independent = independent_samples(problem.model, seen.inputs, seen.outputs, c.numel())
             recorder.enabled = True
             samples = PerSample(seen.graph, problem.model, recorder, c.numel(), seen.graph.loss, independent)
-            return {"squares": samples.squares(reciprocal(c))}
-
-        return from_statistics(self, problem, measure)
+            squares = samples.squares(reciprocal(c))
+            total = accumulated(total, squares, float(seen.share))
+        assert total is not None  # a problem has at least one batch of positive weight
+        return DiagonalOperator(total)
 
     def update(self, state: State, seen: Observation) -> None:
         """v ← β v + (1-β) g²."""
@@ -154,6 +155,13 @@ class EmpiricalFisherDiagonal(Estimator):
     def operator(self, state: State) -> DiagonalOperator:
         """diag(v / (1 - βᵗ))."""
         return DiagonalOperator(bias_corrected(state["second_moment"], state["count"], self.beta))  # type: ignore[arg-type]
+
+
+def accumulated(total: list[Tensor] | None, part: list[Tensor], share: float) -> list[Tensor]:
+    """Total + share · part, in place of ``part``'s or ``total``'s memory."""
+    if total is None:
+        return part if share == 1.0 else [x.mul_(share) for x in part]
+    return [t.add_(x, alpha=share) for t, x in zip(total, part, strict=True)]
 
 
 def reciprocal(c: Tensor) -> Tensor:

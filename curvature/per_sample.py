@@ -28,6 +28,9 @@ from curvature.probes import generator
 from curvature.side_effects import coupled_by_batch_norm
 from curvature.vectors import compute_dtype
 
+#: The nodes of ``torch.nn.functional.linear`` that read the weight and the bias themselves.
+LINEAR_NODES = ("AddmmBackward0", "MmBackward0", "LinearBackward0")
+
 
 def recorder_for(model: nn.Module) -> Recorder:
     """A recorder of every module that holds a trainable parameter of its own."""
@@ -95,6 +98,21 @@ class PerSample:
         for i, uses in list(self.covered.items()):
             if any(use.inputs is None for use in uses):
                 del self.covered[i]
+        self.evident = {i for i, uses in self.covered.items() if self._evident(i, uses)}
+
+    def _evident(self, i: int, uses: Sequence[Use]) -> bool:
+        """Whether the graph itself shows that a plain linear layer's product is all that reads a parameter."""
+        readers = self.found.uses.get(id(self.graph.params[i]), [])
+        nodes = [self.calls[use.index].edge.node for use in uses]
+        return (
+            not self.found.opaque
+            and all(
+                type(use.module) is nn.Linear and node.name() in LINEAR_NODES
+                for use, node in zip(uses, nodes, strict=True)
+            )
+            and len(readers) == len(nodes)
+            and all(r.split is None and any(r.node is node for node in nodes) for r in readers)
+        )
 
     def squares(self, weights: Tensor, seed: Tensor | None = None) -> list[Tensor]:
         """Σ_n r_n u_n² for the gradient of :attr:`of`, or of ⟨of, seed⟩.
@@ -105,35 +123,42 @@ class PerSample:
         """
         params = self.graph.params
         edges = [call.edge for call in self.calls]
-        reference: list[Tensor | None] = [None] * len(params)
+        reference: dict[int, Tensor | None] = {}
         if not self.proven:
-            gradients = self._gradients([*edges, *params], seed)
-            reference = gradients[len(edges) :]
+            asked = [i for i in range(len(params)) if i not in self.evident]
+            gradients = self._gradients([*edges, *(params[i] for i in asked)], seed)
+            reference = dict(zip(asked, gradients[len(edges) :], strict=True))
             self._refuse_mixed_rows()
         else:
             gradients = self._gradients(edges, seed)
-        total: list[Tensor] = [torch.zeros_like(p, dtype=compute_dtype(p.dtype)) for p in params]
+        total: dict[int, Tensor] = {}
         rest = []
         was_enabled, self.recorder.enabled = self.recorder.enabled, False
         try:
             for i, p in enumerate(params):
-                if not self.proven and reference[i] is None:
+                expected = reference.get(i)
+                if i in reference and expected is None:
                     self.covered[i] = []  # the gradient does not reach this parameter
                 if i not in self.covered:
                     rest.append(i)
                     continue
                 uses = [u for u in self.covered[i] if gradients[u.index] is not None]
-                expected = reference[i]
                 if not uses and (expected is None or not bool(torch.any(expected != 0))):
                     continue
-                if not uses or not squares_of_uses(total[i], p, uses, gradients, weights, expected):
+                found = squares_of_uses(p, uses, gradients, weights, expected) if uses else None
+                if found is None:
                     del self.covered[i]
                     rest.append(i)
+                else:
+                    total[i] = found
         finally:
             self.recorder.enabled = was_enabled
         self.proven = True
+        for i, p in enumerate(params):
+            if i not in total:
+                total[i] = torch.zeros_like(p, dtype=compute_dtype(p.dtype), requires_grad=False)
         self._one_by_one(rest, total, weights, seed)
-        return total
+        return [total[i] for i in range(len(params))]
 
     def _gradients(self, of: Sequence[Tensor | GradientEdge], seed: Tensor | None) -> list[Tensor | None]:
         if not of:
@@ -141,7 +166,7 @@ class PerSample:
         return list(torch.autograd.grad(self.of, of, seed, retain_graph=True, allow_unused=True))  # type: ignore[arg-type]
 
     def _one_by_one(
-        self, which: Sequence[int], total: list[Tensor], weights: Tensor, seed: Tensor | None
+        self, which: Sequence[int], total: dict[int, Tensor], weights: Tensor, seed: Tensor | None
     ) -> None:
         """One backward pass a sample, from the sample's own rows of the outputs: exact for any model."""
         if not which:
@@ -150,8 +175,6 @@ class PerSample:
         z = self.graph.output
         if seed is None:
             (seed,) = torch.autograd.grad(self.of, z, retain_graph=True)
-        for i in which:
-            total[i].zero_()
         for n, run in enumerate(sample_rows(z, self.count)):
             if float(weights[n]) == 0.0:
                 continue

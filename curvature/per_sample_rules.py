@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from curvature.layer_io import Record
 from curvature.probes import probe
+from curvature.vectors import compute_dtype
 
 #: Elements of per-sample gradients that are formed at a time.
 CHUNK_ELEMENTS = 1 << 24
@@ -75,17 +76,15 @@ def split(x: Tensor, count: int) -> Tensor:
 
 
 def squares_of_uses(
-    total: Tensor,
     parameter: Tensor,
     uses: Sequence[Use],
     gradients: Sequence[Tensor | None],
     weights: Tensor,
     reference: Tensor | None,
-) -> bool:
-    """Add Σ_n r_n u_n² to ``total``, u_n summed over all uses of the parameter.
+) -> Tensor | None:
+    """Σ_n r_n u_n², u_n summed over all uses of the parameter.
 
     Args:
-        total: shaped like the parameter.
         parameter: the parameter.
         uses: its uses.
         gradients: the gradient at each recorded call.
@@ -93,12 +92,14 @@ def squares_of_uses(
         reference: autograd's gradient; where given, Σ u_n must equal it.
 
     Returns:
-        Whether the uses explain the gradient; if not, ``total`` is to be thrown away.
+        The sum, float32 or wider, or ``None`` where the uses do not explain the gradient.
     """
     deltas = [shaped(gradients[use.index], use) for use in uses]
-    weights = weights.to(total.device, total.dtype)
+    dtype = compute_dtype(parameter.dtype)
+    weights = weights.to(parameter.device, dtype)
     if len(uses) == 1 and uses[0].single_row_linear:
-        return linear_squares(total, uses[0], deltas[0], weights, reference)
+        return linear_squares(uses[0], deltas[0].to(dtype), weights, reference)
+    total = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
     count = uses[0].count
     step = max(1, CHUNK_ELEMENTS // max(1, parameter.numel()))
     sums, power = torch.zeros_like(total), total.new_zeros(())
@@ -109,7 +110,7 @@ def squares_of_uses(
             try:
                 own = pulled_back(use, delta, part)
             except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, IndexError):
-                return False
+                return None
             u = own if u is None else u + own
         assert u is not None
         u = u.to(total.dtype)
@@ -117,9 +118,9 @@ def squares_of_uses(
         if reference is not None:
             sums.add_(u.sum(0))
             power = power + (u * u).sum()
-    return reference is None or agree(
-        sums, reference.to(total.dtype), power, deltas[0].dtype, parameter.dtype
-    )
+    if reference is None or agree(sums, reference.to(total.dtype), power, deltas[0].dtype, parameter.dtype):
+        return total
+    return None
 
 
 def shaped(gradient: Tensor | None, use: Use) -> Tensor:
@@ -128,21 +129,26 @@ def shaped(gradient: Tensor | None, use: Use) -> Tensor:
     return use.split(gradient)
 
 
-def linear_squares(total: Tensor, use: Use, delta: Tensor, weights: Tensor, reference: Tensor | None) -> bool:
+def linear_squares(use: Use, delta: Tensor, weights: Tensor, reference: Tensor | None) -> Tensor | None:
     """(r δ²)ᵀ a² for a weight, (r δ²)ᵀ 1 for a bias; checked on a random projection, without forming δᵀ a."""
     assert use.inputs is not None
-    d = delta.reshape(use.count, -1).to(total.dtype)
+    d = delta.reshape(use.count, -1)
     scaled = d.square().mul_(weights.unsqueeze(1))
     if use.key == "bias":
-        total.add_(scaled.sum(0))
-        return reference is None or agree(d.sum(0), reference.to(total.dtype), d.square().sum(), delta.dtype)
-    a = use.inputs[0].reshape(use.count, -1).to(total.dtype)
-    total.addmm_(scaled.T, a.square())
-    if reference is None:
-        return True
-    v = probe([a[0]], 0x11EA, 0)[0]
-    seen = (d.square().sum(1) * a.square().sum(1)).sum()
-    return agree(d.T @ (a @ v), reference.to(total.dtype) @ v, seen, delta.dtype, use.inputs[0].dtype)
+        found, ours, theirs = scaled.sum(0), d.sum(0), reference
+        seen = d.square().sum()
+    else:
+        a = use.inputs[0].reshape(use.count, -1).to(d.dtype)
+        squares = a.square()
+        found = scaled.T @ squares
+        if reference is None:
+            return found
+        v = probe([a[0]], 0x11EA, 0)[0]
+        ours, theirs = d.T @ (a @ v), reference.to(d.dtype) @ v
+        seen = (d.square().sum(1) * squares.sum(1)).sum()
+    if theirs is None or agree(ours, theirs.to(d.dtype), seen, delta.dtype, use.inputs[0].dtype):
+        return found
+    return None
 
 
 def agree(ours: Tensor, theirs: Tensor, power: Tensor, *dtypes: torch.dtype) -> bool:
