@@ -305,6 +305,17 @@ LAYERS: dict[str, Case] = {
     "weight of another layer": classify(
         lambda: Call(lambda m, x: F.linear(torch.tanh(m.a(x)), m.a.weight), a=nn.Linear(3, 3)), X
     ),
+    "weight of another layer, on positions": classify(
+        lambda: Call(lambda m, x: F.linear(torch.tanh(m.a(x)), m.a.weight).mean(1), a=nn.Linear(3, 3)), S
+    ),
+    "kernel used twice, once outside its layer": classify(
+        lambda: Call(
+            lambda m, x: F.conv1d(torch.tanh(m.a(x)), m.a.weight).mean(2)[:, :1] * m.b,
+            a=nn.Conv1d(2, 2, 2),
+            b=nn.Parameter(torch.ones(3)),
+        ),
+        SIGNALS,
+    ),
     "unused parameter": classify(
         lambda: Call(lambda m, x: m.a(x), a=nn.Linear(3, 3), b=nn.Linear(2, 2)), X
     ),
