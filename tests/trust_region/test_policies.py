@@ -411,3 +411,9 @@ def test_cat_without_the_trial_gradient_says_what_to_do() -> None:
 def test_every_name_of_a_trial_policy_is_exercised_above() -> None:
     known = {*HESSIAN_NAMES, "dogleg", "backtracking", "ratio-box", "ratio-kl-ball", "trpo"}
     assert set(TRIAL_NAMES) <= known, "a new trial policy: add it to the recovery tests"
+
+
+@pytest.mark.parametrize(("actual", "grows"), [(0.149, False), (0.151, True)])
+def test_cat_asks_for_more_where_the_trial_point_is_steep(actual: float, grows: bool) -> None:
+    """β (q + θ/2 ‖∇f⁺‖ ‖d‖) = 0.1 (1 + 0.05 · 20 · 0.5) = 0.15."""
+    assert run(tr.CAT(), [(actual, 1.0, 0.5, True)], norm=20.0) == [(True, 4.0 if grows else 0.0625)]
