@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import traceback
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -249,24 +250,22 @@ def sharded(layers: bool = True) -> nn.Module:
     return model
 
 
-def run(rank: int, world: int, port: int, checks: list[str], folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+def run(rank: int, world: int, meeting: str, checks: list[str], folder: str) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+    # A file, not a port: a port that was found free may be taken by another test before this one binds it.
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
     try:
         for name in checks:
             try:
                 globals()[name](Path(folder))
             except BaseException as error:
                 raise AssertionError(f"{name} on rank {rank}: {traceback.format_exc()}") from error
+        dist.barrier()  # nobody takes its connections away while another still uses them
     finally:
         dist.destroy_process_group()
 
 
 def spawn(world: int, checks: list[str], folder: Path) -> None:
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(run, args=(world, port, checks, str(folder)), nprocs=world, join=True)
+    meeting = folder / f"meeting-{uuid.uuid4().hex}"
+    mp.spawn(run, args=(world, str(meeting), checks, str(folder)), nprocs=world, join=True)
