@@ -200,9 +200,7 @@ def unflatten(flat: Tensor, like: Vector) -> list[Tensor]:
 def all_finite(v: Vector) -> Tensor:
     """Whether every element is finite, as a 0-d bool tensor; one pass, no temporaries of full size.
 
-    A sum of absolute values is finite only if every element is, and a sum that overflows although no element
-    does is looked at again elementwise by the caller's choice: here it counts as not finite only if an element
-    is, so the maximum norm is used, which cannot overflow.
+    The largest absolute value is looked at, since a sum may overflow although no element does.
     """
     parts = [torch.isfinite(torch.linalg.vector_norm(x, float("inf"))) for x in v if x.numel()]
     if not parts:

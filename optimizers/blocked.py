@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -66,9 +67,40 @@ def suits(params: Sequence[Tensor], gradient: Sequence[Tensor | None], state: Se
     """Whether the step can run block by block."""
     dtype = state[0].dtype
     return (
-        all(g is not None and g.is_contiguous() and g.dtype == dtype for g in gradient)
+        any(p.numel() for p in params)
+        and all(g is not None and g.is_contiguous() and g.dtype == dtype for g in gradient)
         and all(p.device.type == "cpu" and p.is_contiguous() for p in params)
         and all(x.is_contiguous() and x.dtype == dtype for x in state)
+    )
+
+
+def inputs_of(
+    params: Sequence[Tensor],
+    gradient: Sequence[Tensor | None],
+    mean: Sequence[Tensor],
+    second_moment: Sequence[Tensor],
+    counts: Sequence[list[Tensor]],
+    options: tuple[Sequence[float], Sequence[float | Tensor], Sequence[float]],
+) -> Inputs | None:
+    """One step's inputs, counted; ``None``, and nothing counted, where the tensors do not suit.
+
+    Args:
+        params: θ.
+        gradient: g, ``None`` where a parameter has none.
+        mean: m.
+        second_moment: v.
+        counts: of the gradients that m and v have taken in, 0-d a tensor; incremented.
+        options: β₁, η and λ of every tensor.
+    """
+    if not suits(params, gradient, [*mean, *second_moment]):
+        return None
+    for count in counts:
+        torch._foreach_add_(count, 1.0)
+    beta_1, lr, weight_decay = options
+    steps = [float(t) for t in counts[0]]
+    rates = [float(eta) for eta in lr]
+    return Inputs(
+        params, cast("Sequence[Tensor]", gradient), mean, second_moment, steps, beta_1, rates, weight_decay
     )
 
 

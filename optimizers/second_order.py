@@ -14,7 +14,7 @@ from curvature import vectors
 from curvature.identity import Identity
 from curvature.loss_graph import LossGraph
 from curvature.protocols import TRANSIENT, CurvatureEstimator, Needs, Observation, State
-from optimizers import blocked, checkpoint, core, elementwise, state_layout, trial
+from optimizers import blocked, checkpoint, core, elementwise, state_layout, step_info, trial
 from optimizers.checks import check_group, check_unmoved, signal_names
 from optimizers.distributed import Ranks, check_shardable, find_ranks
 from optimizers.momentum import Momentum, RunningMean
@@ -194,7 +194,9 @@ class SecondOrder(torch.optim.Optimizer):
             ValueError: where groups, entries or shapes do not fit.
         """
         given: Any = state_dict
-        state_dict = given.copy() if isinstance(given, dict) else given  # `checked` refuses what is no dictionary
+        state_dict = (
+            given.copy() if isinstance(given, dict) else given
+        )  # `checked` refuses what is no dictionary
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = before(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
@@ -381,25 +383,25 @@ class SecondOrder(torch.optim.Optimizer):
         """Take the step in place, block by block, where the composition and the tensors allow it."""
         formula = elementwise.formula_of(self.curvature, self.trust_region, self.momentum)
         betas = self._per_parameter("momentum")
-        if formula is None or any(b == 0.0 for b in betas) or find_ranks(self._params, None).shards is not None:
+        if (
+            formula is None
+            or any(b == 0.0 for b in betas)
+            or find_ranks(self._params, None).shards is not None
+        ):
             return False
-        params, mean = self._shards, self._momentum_buffers(betas)
-        second = cast("list[Tensor]", self._curvature_state["second_moment"])
-        if not blocked.suits(params, gradient, [*mean, *second]):
-            return False
-        counts = [self.state[p]["step"] for p in self._params]
-        torch._foreach_add_(counts, 1.0)
-        torch._foreach_add_(cast("list[Tensor]", self._curvature_state["count"]), 1.0)
-        inputs = blocked.Inputs(
-            params,
-            cast("Sequence[Tensor]", gradient),
-            mean,
-            second,
-            [float(t) for t in counts],
-            betas,
-            [float(eta) for eta in self._per_parameter("lr")],
-            self._per_parameter("weight_decay"),
+        inputs = blocked.inputs_of(
+            self._shards,
+            gradient,
+            self._momentum_buffers(betas),
+            cast("list[Tensor]", self._curvature_state["second_moment"]),
+            [
+                [self.state[p]["step"] for p in self._params],
+                cast("list[Tensor]", self._curvature_state["count"]),
+            ],
+            (betas, self._per_parameter("lr"), self._per_parameter("weight_decay")),
         )
+        if inputs is None:
+            return False
         radius = float(cast(Tensor, self._region_state["radius"]))
         proposal = blocked.step_(formula, inputs, radius, self.trust_region.radius)
         composition = core.Composition(self.curvature, self.trust_region, self.momentum)
@@ -460,13 +462,7 @@ class SecondOrder(torch.optim.Optimizer):
     def _skip(self, loss: Tensor | None) -> None:
         """A gradient that is not finite enters nothing; the record counts the step."""
         skipped = self.state[self._params[0]]["skipped_steps"].add_(1.0)
-        self.step_info = StepInfo(
-            loss=_or_nan(loss, skipped),
-            radius=self._radius(),
-            damping=self._damping(),
-            accepted=torch.zeros((), dtype=torch.bool, device=skipped.device),
-            skipped_steps=skipped.clone(),
-        )
+        self.step_info = step_info.of_skip(loss, self._region_state, skipped)
 
     def _momentum_buffers(self, betas: Sequence[float]) -> list[Tensor]:
         """The buffers; a schedule that raises the momentum from 0 creates them."""
@@ -507,7 +503,9 @@ class SecondOrder(torch.optim.Optimizer):
         params = self._shards
         if float(proposal.step_norm) == 0.0:  # a stationary point: there is nothing to try
             still = torch.zeros((), dtype=torch.bool, device=loss.device)
-            return Verdict(still, torch.full_like(loss, float("nan")), self._radius()), torch.zeros_like(loss)
+            return Verdict(
+                still, torch.full_like(loss, float("nan")), step_info.radius_of(self._region_state, loss)
+            ), torch.zeros_like(loss)
         saved = vectors.copy(params)
         self._apply(proposal.step, gradient)
         wants_gradient = Needs.TRIAL_GRADIENT in self.needs
@@ -538,48 +536,13 @@ class SecondOrder(torch.optim.Optimizer):
 
     # -- telemetry ------------------------------------------------------------------------------------------------
 
-    def _radius(self) -> Tensor:
-        """Δ (or σ) as one number: the mean where every tensor has its own."""
-        radius = self._region_state.get("radius", self._region_state.get("sigma"))
-        if isinstance(radius, list):
-            return vectors.total(cast("list[Tensor]", radius)) / len(radius)
-        first = self._shards[0]
-        return (
-            cast(Tensor, radius).clone() if radius is not None else vectors.scalar_like([first], float("nan"))
-        )
-
-    def _damping(self) -> Tensor:
-        damping = self._region_state.get("damping")
-        return (
-            damping.clone()
-            if isinstance(damping, Tensor)
-            else vectors.scalar_like(self._shards, float("nan"))
-        )
-
     def _record(
         self, loss: Tensor | None, proposal: Proposal, verdict: Verdict | None, actual: Tensor | None
     ) -> None:
-        nan = torch.full_like(proposal.step_norm, float("nan"))
-        fraction = proposal.diagnostics.get("fisher_active_fraction", nan)
-        self.step_info = StepInfo(
-            loss=_or_nan(loss, nan),
-            ratio=nan if verdict is None else verdict.ratio,
-            radius=self._radius(),
-            damping=self._damping(),
-            predicted_reduction=proposal.predicted_reduction,
-            actual_reduction=_or_nan(
-                actual if verdict is None or actual is not None else verdict.actual_reduction, nan
-            ),
-            accepted=torch.ones_like(nan, dtype=torch.bool) if verdict is None else verdict.accepted,
-            step_norm=proposal.step_norm,
-            fisher_active_fraction=cast(Tensor, fraction),
-            skipped_steps=self.state[self._params[0]]["skipped_steps"].clone(),
+        self.step_info = step_info.of_step(
+            loss, proposal, verdict, actual, self._region_state, self.state[self._params[0]]["skipped_steps"]
         )
 
 
 def _is_finite(loss: Tensor | None) -> bool:
     return loss is None or bool(torch.isfinite(loss))
-
-
-def _or_nan(value: Tensor | None, like: Tensor) -> Tensor:
-    return torch.full_like(like, float("nan")) if value is None else value

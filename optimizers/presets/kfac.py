@@ -1,8 +1,8 @@
-"""K-FAC and EK-FAC (arXiv 1503.05671, 1806.03884): Kronecker factors, a KL ellipsoid, adaptive damping."""
+"""K-FAC (arXiv 1503.05671): Kronecker factors, a KL ellipsoid, adaptive damping."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 import curvature
 from curvature.kronecker.fisher import FisherKind
 from curvature.likelihood import Likelihood
+from curvature.protocols import CurvatureEstimator
 from optimizers.registry import optimizers
 from optimizers.second_order import SecondOrder
 from trust_region import FixedRadius, KLBall, LevenbergMarquardt, TrustRegion
@@ -35,7 +36,8 @@ class KFAC(SecondOrder):
         lr: η >= 0.
         momentum: β in [0, 1) of the gradient's bias-corrected running mean.
         initial_damping: λ₀ > 0, in curvature units: it scales with the loss.
-        radius: Δ > 0, on (ηp)ᵀF(ηp), about twice the KL divergence that one step may cause.
+        radius: Δ > 0, on (ηp)ᵀF(ηp), about twice the KL divergence that one step may cause. While the factors come
+            from few batches a large one lets them drive the loss up, whatever the damping.
         damping: ``"trial"``, ``"lagged"`` or ``"fixed"``.
         damping_interval: T₁ >= 1, steps between two looks at λ.
         fisher: ``"mc"`` (labels drawn from the model, the paper's), ``"type-2"`` (exact), ``"empirical"`` or
@@ -72,20 +74,23 @@ class KFAC(SecondOrder):
     References: Martens & Grosse 2015, arXiv 1503.05671, sections 2, 3, 6.5; Ba, Grosse & Martens 2017 (KL clip).
     """
 
+    #: The Kronecker estimator; EK-FAC puts its own in this place.
+    estimator: Callable[..., CurvatureEstimator] = curvature.KFAC
+
     def __init__(
         self,
         model: nn.Module,
         lr: float | Tensor = 1.0,
         momentum: float = 0.9,
         initial_damping: float = 0.03,
-        radius: float = 0.1,
+        radius: float = 1e-3,
         damping: Literal["trial", "lagged", "fixed"] = "trial",
         damping_interval: int = 5,
         fisher: FisherKind = "mc",
         sharing: Literal["expand", "reduce"] = "expand",
         beta: float = 0.95,
         factor_interval: int = 1,
-        inverse_interval: int = 5,
+        inverse_interval: int = 20,
         weight_decay: float = 0.0,
         *,
         likelihood: Likelihood | None = None,
@@ -95,7 +100,7 @@ class KFAC(SecondOrder):
         exclude: Sequence[str] = (),
         **options: Any,
     ) -> None:
-        estimator = curvature.KFAC(
+        estimator = self.estimator(
             model,
             fisher=fisher,
             sharing=sharing,
@@ -129,7 +134,7 @@ def damped_kl_ball(
     if damping not in ("trial", "lagged", "fixed"):
         raise ValueError(f"damping must be 'trial', 'lagged' or 'fixed', got {damping!r}")
     if given is not None:
-        if (initial_damping, radius, damping, interval) != (0.03, 0.1, "trial", 5):
+        if (initial_damping, radius, damping, interval) != (0.03, 1e-3, "trial", 5):
             raise ValueError(
                 "give either trust_region=, or initial_damping, radius, damping and damping_interval"
             )
