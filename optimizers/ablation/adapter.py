@@ -61,6 +61,10 @@ def build(
     check_names(cell)
     options: dict[str, Any] = dict(cell.options)
     if learning_rate is not None:
+        if "lr" in options:
+            raise AblationError(
+                f"{cell.label}: the cell sets lr={options['lr']}, and the run {learning_rate}: give one of them"
+            )
         options["lr"] = learning_rate
     try:
         if cell.optimizer in baselines.BASELINES:

@@ -152,6 +152,12 @@ class Ablation:
                 )
         return tuple(labels.values())
 
+    def rates_of(self, cell: Cell) -> tuple[float | None, ...]:
+        """Return the learning rates of a cell: its own option ``lr``, or those asked for, or typical ones."""
+        if "lr" in dict(cell.options):
+            return (None,)
+        return self.learning_rates or typical_learning_rates(cell)
+
     def runs(self) -> list[RunConfig]:
         """Return every run. The order alternates (A B B A) over seeds, so that drift hits every cell alike."""
         from optimizers.ablation import workload
@@ -175,7 +181,7 @@ class Ablation:
                     dtype=self.dtype,
                 )
                 for cell in self.all_cells()
-                for rate in (self.learning_rates or typical_learning_rates(cell))
+                for rate in self.rates_of(cell)
             ]
             rows += cells if position % 2 == 0 else cells[::-1]
         return rows

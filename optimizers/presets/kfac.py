@@ -33,7 +33,8 @@ class KFAC(SecondOrder):
 
     Args:
         model: whose layers are observed, and whose parameters that require grad are optimised.
-        lr: η >= 0.
+        lr: η >= 0. Leave it at 1 while the damping adapts: a small rate makes every prediction come true, λ then falls,
+            and the step grows where F is flat. To search or to decay the rate, hold ``damping="fixed"``.
         momentum: β in [0, 1) of the gradient's bias-corrected running mean.
         initial_damping: λ₀ > 0, in curvature units: it scales with the loss.
         radius: Δ > 0, on (ηp)ᵀF(ηp), about twice the KL divergence that one step may cause. While the factors come

@@ -3,8 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
-from optimizers.ablation import Ablation, AblationError, Cell, RunConfig, read_config
+from optimizers.ablation import Ablation, AblationError, Cell, RunConfig, adapter, read_config
 
 GOOD = """
 workload = "digits"
@@ -126,3 +127,17 @@ def test_two_cells_of_one_title_are_refused() -> None:
     cells = (Cell("torch-sgd", title="x"), Cell("torch-adamw", title="x"))
     with pytest.raises(AblationError, match="titles"):
         Ablation(cells=cells).all_cells()
+
+
+def test_a_cells_own_rate_is_the_one_that_runs() -> None:
+    """Not the one of ``--lr``: rows of different rates would else be the same run under different names."""
+    runs = Ablation(
+        workload="digits", optimizers=["adamw", "soaa:lr=0.2"], learning_rates=[0.1, 0.3], seeds=1, steps=5
+    ).runs()
+    rates = sorted((run.cell.optimizer, run.learning_rate) for run in runs if run.learning_rate is not None)
+    assert rates == [("adamw", 0.1), ("adamw", 0.3)]
+    (own,) = [run for run in runs if run.cell.optimizer == "soaa"]
+    model = torch.nn.Linear(2, 2)
+    assert adapter.build(own.cell, model, own.learning_rate, 5).param_groups[0]["lr"] == 0.2
+    with pytest.raises(AblationError, match=r"the cell sets lr=0.2, and the run 0.1: give one of them"):
+        adapter.build(own.cell, model, 0.1, 5)
