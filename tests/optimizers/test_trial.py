@@ -179,3 +179,26 @@ def test_a_trial_loss_that_is_not_finite_is_rejected_and_shrinks_the_radius(bad:
     optimizer.step(closure)
     assert torch.equal(w.detach(), torch.ones(3, dtype=torch.float64))
     assert float(optimizer.step_info.radius) < 1.0
+
+
+@pytest.mark.parametrize("accept", [False, True])
+def test_a_trial_that_draws_more_numbers_leaves_the_generator_where_the_step_found_it(accept: bool) -> None:
+    """A trial that draws as many as the first evaluation ends where that one ended by itself, and would prove nothing."""
+    w = nn.Parameter(torch.ones(3))
+    optimizer = SecondOrder(
+        [w], lr=1.0, trust_region=TrustRegion(region=L2Ball(), radius=Judge(accept=accept))
+    )
+    calls: list[Tensor] = []
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        torch.rand(5 if calls else 2)
+        loss = w.square().sum()
+        optimizer.backward(loss)
+        if not calls:
+            calls.append(torch.get_rng_state())
+        return loss
+
+    torch.manual_seed(0)
+    optimizer.step(closure)
+    assert torch.equal(torch.get_rng_state(), calls[0])
