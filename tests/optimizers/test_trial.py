@@ -183,7 +183,7 @@ def test_a_trial_loss_that_is_not_finite_is_rejected_and_shrinks_the_radius(bad:
 
 @pytest.mark.parametrize("accept", [False, True])
 def test_a_trial_that_draws_more_numbers_leaves_the_generator_where_the_step_found_it(accept: bool) -> None:
-    """A trial that draws as many as the first evaluation ends where that one ended by itself, and would prove nothing."""
+    """A trial that draws as many as the first evaluation ends where that one did by itself: no proof."""
     w = nn.Parameter(torch.ones(3))
     optimizer = SecondOrder(
         [w], lr=1.0, trust_region=TrustRegion(region=L2Ball(), radius=Judge(accept=accept))
