@@ -61,6 +61,8 @@ class Shampoo(Estimator):
     block_size: int | None = 1024
     grafting: CurvatureEstimator | None = None
 
+    semidefinite = True
+
     def __post_init__(self) -> None:
         if not 0.0 <= self.beta <= 1.0:
             raise ValueError(f"beta must be in [0, 1], got {self.beta}")
@@ -115,9 +117,14 @@ class Shampoo(Estimator):
             count[i].add_(1.0)
             G = cast(Tensor, seen.gradient[i]).to(factors[i].dtype)
             add_factors_(factors[i], G, self.blocks(G), running_weight(count[i], self.beta), self.beta)
-        for i in live if due else newly_seen(state, count, live, times=1):
-            blocks = self.blocks(cast(Tensor, seen.gradient[i]))
-            decompose_(factors[i], bases[i], eigenvalues[i], blocks)
+        turn = list(live) if due else newly_seen(state, count, live, times=1)
+        if turn:
+            decompose_all_(
+                [factors[i] for i in turn],
+                [bases[i] for i in turn],
+                [eigenvalues[i] for i in turn],
+                [self.blocks(cast(Tensor, seen.gradient[i])) for i in turn],
+            )
         if self.grafting is not None:
             self._graft(state, seen, live)
 
@@ -182,18 +189,38 @@ def add_factors_(flat: Tensor, G: Tensor, blocks: Sequence[Block], weight: Tenso
 
 
 def decompose_(factors: Tensor, bases: Tensor, eigenvalues: Tensor | None, blocks: Sequence[Block]) -> None:
-    """Eigenvalues and eigenvectors of every factor, in descending order, in place."""
-    all_factors = [L for view in views(factors, blocks) for L in view.values()]
-    all_bases = [Q for view in views(bases, blocks) for Q in view.values()]
+    """Eigenvalues and eigenvectors of every factor of one parameter, in descending order, in place."""
+    decompose_all_([factors], [bases], None if eigenvalues is None else [eigenvalues], [blocks])
+
+
+def decompose_all_(
+    factors: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    eigenvalues: Sequence[Tensor] | None,
+    blocks: Sequence[Sequence[Block]],
+) -> None:
+    """:func:`decompose_` of many parameters at once, so that the work can be batched, and divided among ranks."""
+    all_factors = _each(factors, blocks)
     found = eigh_many([L.unsqueeze(0) for L in all_factors]) if all_factors else []
-    for Q, (_, U) in zip(all_bases, found, strict=True):
+    for Q, (_, U) in zip(_each(bases, blocks), found, strict=True):
         Q.copy_(U[0].flip(-1))
     if eigenvalues is None:
         return
-    columns = [c for view in views(eigenvalues, blocks, vectors=True) for c in view.values()]
-    for column, (lam, _) in zip(columns, found, strict=True):
+    for column, (lam, _) in zip(_each(eigenvalues, blocks, vectors=True), found, strict=True):
         noise = lam.shape[-1] * torch.finfo(lam.dtype).eps * lam[0, -1]
         column.copy_(torch.maximum(lam[0], noise).flip(-1))
+
+
+def _each(
+    flats: Sequence[Tensor], blocks: Sequence[Sequence[Block]], *, vectors: bool = False
+) -> list[Tensor]:
+    """Views of all factors of several parameters, one after another."""
+    return [
+        x
+        for flat, own in zip(flats, blocks, strict=True)
+        for view in views(flat, own, vectors=vectors)
+        for x in view.values()
+    ]
 
 
 def newly_seen(state: State, count: Sequence[Tensor], live: Sequence[int], times: int) -> list[int]:

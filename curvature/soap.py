@@ -18,7 +18,8 @@ from curvature.protocols import Estimator, Needs, Observation, State
 from curvature.registry import estimators
 from curvature.rotated_diagonal import RotatedDiagonalOperator
 from curvature.running_mean import bias_corrected, check_beta
-from curvature.shampoo import add_factors_, decompose_, newly_seen, running_weight
+from curvature.shampoo import add_factors_, decompose_all_, newly_seen, running_weight
+from curvature.shared_work import divided
 from curvature.tensor_blocks import Block, along, blocks_of, identity_storage, storage_size, views
 
 
@@ -65,6 +66,8 @@ class SOAP(Estimator):
     max_dim: int | None = 10_000
     rotate_vectors: bool = False
 
+    semidefinite = True
+
     def __post_init__(self) -> None:
         check_beta(self.beta)
         if self.factor_beta is not None:
@@ -108,16 +111,18 @@ class SOAP(Estimator):
         live = [i for i, g in enumerate(seen.gradient) if g is not None]
         gradients = {i: cast(Tensor, seen.gradient[i]).to(moments[i].dtype) for i in live}
         if step > 1 and (step - 1) % self.interval == 0:
-            for v, L, Q in zip(moments, factors, bases, strict=True):
-                refresh_(v, L, Q, self.blocks(v))
+            refresh_(moments, factors, bases, [self.blocks(v) for v in moments])
         for i in live:
             count[i].add_(1.0)
-        second = set(newly_seen(state, count, live, times=2))
+        second = newly_seen(state, count, live, times=2)
+        own = {i: self.blocks(gradients[i]) for i in live}
+        decompose_all_(
+            [factors[i] for i in second], [bases[i] for i in second], None, [own[i] for i in second]
+        )
+        for i in second:
+            moments[i].zero_()
         for i in live:
-            G, blocks = gradients[i], self.blocks(gradients[i])
-            if i in second:
-                decompose_(factors[i], bases[i], None, blocks)
-                moments[i].zero_()
+            G, blocks = gradients[i], own[i]
             for basis, block in zip(views(bases[i], blocks), blocks, strict=True):
                 rotated = along(G[block.index], basis, transpose=True)
                 moments[i][block.index].mul_(self.beta).addcmul_(rotated, rotated, value=1.0 - self.beta)
@@ -138,19 +143,42 @@ class SOAP(Estimator):
         )
 
 
-def refresh_(second_moment: Tensor, factors: Tensor, bases: Tensor, blocks: Sequence[Block]) -> None:
+def refresh_(
+    second_moments: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    blocks: Sequence[Sequence[Block]],
+) -> None:
     """Q ← qr(L Q P), P sorting the columns by qᵀLq, and v sorted along (algorithm 4), in place.
 
-    A parameter that had no gradient yet has L = 0 and is left alone without asking the host: qr(0) is an orthogonal
-    matrix, and its first gradient replaces it.
+    Divided among the ranks that hold the same state. A parameter that had no gradient yet has L = 0 and is left alone
+    without asking the host: qr(0) is an orthogonal matrix, and its first gradient replaces it.
     """
-    for Ls, Qs, block in zip(views(factors, blocks), views(bases, blocks), blocks, strict=True):
-        for i, L in Ls.items():
-            product = L @ Qs[i]
-            order = torch.argsort((Qs[i] * product).sum(dim=0), descending=True)
-            second_moment[block.index] = second_moment[block.index].index_select(i, order)
-            orthogonal, _ = torch.linalg.qr(product.index_select(1, order))
-            Qs[i].copy_(orthogonal)
+    places = [
+        (v[block.index], i, L, Q)
+        for v, flat_L, flat_Q, own in zip(second_moments, factors, bases, blocks, strict=True)
+        for Ls, Qs, block in zip(views(flat_L, own), views(flat_Q, own), own, strict=True)
+        for (i, L), Q in zip(Ls.items(), Qs.values(), strict=True)
+    ]
+
+    def compute(indices: Sequence[int]) -> list[list[Tensor]]:
+        return [list(power_iteration(places[k][2], places[k][3])) for k in indices]
+
+    def like(k: int) -> list[Tensor]:
+        Q = places[k][3]
+        return [torch.empty_like(Q[0], dtype=torch.int64), torch.empty_like(Q)]
+
+    found = divided([float(L.shape[0]) ** 3 for _, _, L, _ in places], compute, like)
+    for (v, i, _, Q), (order, orthogonal) in zip(places, found, strict=True):
+        v.copy_(v.index_select(i, order))
+        Q.copy_(orthogonal)
+
+
+def power_iteration(L: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
+    """(the order of Q's columns by qᵀLq, qr(L Q) of the columns in that order)."""
+    product = L @ Q
+    order = torch.argsort((Q * product).sum(dim=0), descending=True)
+    return order, torch.linalg.qr(product.index_select(1, order))[0]
 
 
 def _flat(p: Tensor, size: int) -> Tensor:

@@ -7,6 +7,8 @@ step is averaged here, **before** it decides, so that every rank takes the same 
 - the loss, and whether all gradients are finite (one small all-reduce a step);
 - statistics, which are additive in the loss, on the steps that measure; products of curvature that has only products;
 - with sharded parameters (FSDP2), the sums over elements in every dot product, norm and count.
+
+Eigendecompositions of factors that every rank holds alike are divided among the ranks (``curvature.shared_work``).
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch import Tensor, distributed
 from curvature import vectors
 from curvature.matrix_free.operator import MatrixFreeOperator
 from curvature.protocols import CurvatureEstimator, CurvatureOperator, Needs, Statistics
+from curvature.shared_work import divided_among
 from optimizers.checks import signal_names
 from optimizers.sharding import is_distributed
 
@@ -104,17 +107,52 @@ class Ranks:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Inside, sums over elements go over all shards of every parameter."""
+        """Inside, sums over elements go over all shards, and work that all ranks could do is divided among them."""
         if self.shards is None:
-            yield
+            with self.dividing():
+                yield
             return
         with vectors.sharded(self._combine):
+            yield
+
+    @contextmanager
+    def dividing(self) -> Iterator[None]:
+        """Inside, decompositions of factors that all ranks hold are divided among them."""
+        whole_tensors = self.shards is None and len(self.groups) == 1
+        with divided_among(GroupTeam(self.groups[0]) if whole_tensors else None):
             yield
 
     def _combine(self, x: Tensor, how: Literal["sum", "max"]) -> Tensor:
         op = distributed.ReduceOp.SUM if how == "sum" else distributed.ReduceOp.MAX
         distributed.all_reduce(x, op=op, group=self.shards)
         return x
+
+
+@dataclass(frozen=True)
+class GroupTeam:
+    """A process group as :mod:`curvature.shared_work` sees it."""
+
+    group: ProcessGroup
+
+    @property
+    def rank(self) -> int:
+        """This process's place in the group."""
+        return distributed.get_rank(self.group)
+
+    @property
+    def size(self) -> int:
+        """The processes of the group."""
+        return self.group.size()
+
+    def broadcast_(self, x: Tensor, source: int) -> None:
+        """Overwrite ``x`` by that of process ``source`` of the group."""
+        distributed.broadcast(x, group=self.group, group_src=source)
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether any process of the group sets the flag."""
+        flags = torch.tensor(float(flag), device=device)
+        distributed.all_reduce(flags, group=self.group)
+        return bool(flags > 0)
 
 
 ALONE = Ranks()

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from curvature.shared_work import divided
+
 
 def eigh_many(matrices: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """(values, vectors) of every matrix, values ascending and >= 0.
+    """(values, vectors) of every matrix, values ascending and >= 0; divided among the ranks that hold them all.
 
     Args:
         matrices: symmetric positive semidefinite, (groups, n, n) each; never changed.
@@ -21,8 +23,21 @@ def eigh_many(matrices: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     >>> values
     tensor([[1., 2.]])
 
-    Cost: O(n³) a matrix.
+    Cost: O(n³) a matrix, on the rank that does it.
     """
+
+    def compute(indices: Sequence[int]) -> list[list[Tensor]]:
+        return [list(pair) for pair in eigh_here([matrices[i] for i in indices])]
+
+    costs = [float(m.shape[0]) * float(m.shape[-1]) ** 3 for m in matrices]
+    found = divided(
+        costs, compute, lambda i: [torch.empty_like(matrices[i][..., 0]), torch.empty_like(matrices[i])]
+    )
+    return [(values, vectors) for values, vectors in found]
+
+
+def eigh_here(matrices: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """:func:`eigh_many` of one process."""
     result: list[tuple[Tensor, Tensor] | None] = [None] * len(matrices)
     alike: dict[tuple[int, torch.dtype, torch.device], list[int]] = {}
     for i, m in enumerate(matrices):
