@@ -36,6 +36,7 @@ class AdaHessianDiagonal(Estimator):
         distribution: of the probes, ``"rademacher"`` or ``"gaussian"``.
         interval: steps between refreshes, >= 1.
         spatial_average: average the estimate over each convolution kernel (dimensions after the second).
+        block_size: with ``spatial_average``, average matrices too, see :class:`curvature.HutchinsonDiagonal`.
         seed: of the probes.
 
     >>> import torch
@@ -56,6 +57,9 @@ class AdaHessianDiagonal(Estimator):
     interval: int = 1
     spatial_average: bool = True
     seed: int = 0
+    block_size: int = 1
+
+    semidefinite = True
 
     def __post_init__(self) -> None:
         self._hutchinson()  # checks what it takes
@@ -69,6 +73,8 @@ class AdaHessianDiagonal(Estimator):
             distribution=self.distribution,
             interval=self.interval,
             seed=self.seed,
+            spatial_average=self.spatial_average,
+            block_size=self.block_size,
         )
 
     @property
@@ -98,24 +104,13 @@ class AdaHessianDiagonal(Estimator):
         measured = cast("list[Tensor]", seen.statistics["diagonal"])
         mean, count = cast("list[Tensor]", state["mean_square"]), cast("list[Tensor]", state["count"])
         live = [i for i, g in enumerate(seen.gradient) if g is not None]
-        averaged = [over_space(measured[i]) if self.spatial_average else measured[i] for i in live]
-        running_mean_([mean[i] for i in live], [h.square() for h in averaged], [count[i] for i in live], self.beta)
+        averaged = self._hutchinson().averaged
+        squares = [averaged(measured[i]).square() for i in live]
+        running_mean_([mean[i] for i in live], squares, [count[i] for i in live], self.beta)
 
     def operator(self, state: State) -> DiagonalOperator:
         """diag(v^(k/2))."""
         return DiagonalOperator([v.pow(0.5 * self.power) for v in cast("list[Tensor]", state["mean_square"])])
-
-
-def over_space(h: Tensor) -> Tensor:
-    """The mean over a convolution's kernel, shaped like ``h``; matrices and vectors have no space (equation 10).
-
-    >>> import torch
-    >>> over_space(torch.tensor([[[1.0, 3.0]]]))
-    tensor([[[2., 2.]]])
-    """
-    if h.dim() <= 2:
-        return h
-    return h.mean(dim=tuple(range(2, h.dim())), keepdim=True).expand_as(h)
 
 
 estimators.add("adahessian-diagonal", AdaHessianDiagonal)

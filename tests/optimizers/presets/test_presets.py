@@ -9,7 +9,7 @@ from torch import nn
 import curvature
 import optimizers
 from curvature import AdaHessianDiagonal, EmpiricalFisherDiagonal, FlooredDiagonal, Observation
-from curvature.adahessian_diagonal import over_space
+from curvature.hutchinson import over_space
 from optimizers import SecondOrder
 from trust_region import FixedRadius, KLBall, RmsBox, SOAARadius, TrustRegion
 
