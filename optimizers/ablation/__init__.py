@@ -8,9 +8,10 @@
 
 from __future__ import annotations
 
-from optimizers.ablation.ablate import Outcome, ablate
+from optimizers.ablation.ablate import Outcome, ablate, ablate_study, read_outcome
 from optimizers.ablation.cell import Cell
-from optimizers.ablation.config import Ablation, RunConfig, read_config
+from optimizers.ablation.config import Ablation, RunConfig
+from optimizers.ablation.config_file import read_config, read_study
 from optimizers.ablation.errors import AblationError
 from optimizers.ablation.results import Row
 from optimizers.ablation.workload import TensorData, Workload
@@ -25,5 +26,8 @@ __all__ = [
     "TensorData",
     "Workload",
     "ablate",
+    "ablate_study",
     "read_config",
+    "read_outcome",
+    "read_study",
 ]

@@ -1,18 +1,23 @@
-"""An ablation from start to end: check, run what is missing, tabulate, draw."""
+"""An ablation from start to end: check, run stage by stage what is missing, tabulate, draw."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from optimizers.ablation import plot, results, workload
+from optimizers.ablation import plot, results, space, workload
 from optimizers.ablation.config import Ablation, RunConfig
+from optimizers.ablation.errors import AblationError
 from optimizers.ablation.executor import Ledger, Listener, LocalLedger, execute
+from optimizers.ablation.protocol import Protocol, Tuning, samples
 from optimizers.ablation.results import Row
 from optimizers.ablation.run import check
-from optimizers.ablation.store import Store, write_bytes
+from optimizers.ablation.store import Store, read_json, write_bytes, write_json
+
+CONFIGURATION = "configuration.json"
+Starter = Callable[[list[RunConfig], int], None]
 
 
 @dataclass(frozen=True)
@@ -22,12 +27,16 @@ class Outcome:
     Args:
         ablation: what was asked.
         folder: where the results are.
-        rows: one row for every cell and learning rate.
+        rows: one row for every cell and learning rate; with tuning one for every cell.
+        tunings: with tuning, the search of every cell.
+        complete: whether every run is there.
     """
 
     ablation: Ablation
     folder: Path
     rows: tuple[Row, ...]
+    tunings: tuple[Tuning, ...] = ()
+    complete: bool = True
 
     @property
     def best(self) -> list[Row]:
@@ -53,7 +62,7 @@ def ablate(
     ablation: Ablation,
     out: str | Path,
     on_progress: Listener = lambda config, step: None,
-    on_start: Callable[[list[RunConfig]], None] = lambda runs: None,
+    on_start: Starter = lambda runs, steps: None,
 ) -> Outcome:
     """Make every run of an ablation that is not on disk, and write its table and picture.
 
@@ -63,7 +72,7 @@ def ablate(
         ablation: what to run.
         out: the results folder, made where it does not exist.
         on_progress: called with a run and how many of its steps are done.
-        on_start: called with every run, before the first and after all checks.
+        on_start: called, after all checks, with the runs of each stage and the steps of all stages as far as known.
 
     Returns:
         The outcome, with its rows and table.
@@ -77,18 +86,90 @@ def ablate(
     >>> outcome.table()[0]["cell"]
     'torch-sgd'
     """
-    runs = ablation.runs()
-    checked = {(run.cell, run.learning_rate): run for run in runs}
-    for run in checked.values():
+    for run in samples(ablation):
         check(run)
     store = Store(Path(out))
     with store.lock():
-        on_start(runs)
-        with _ledger(ablation, runs, store) as ledger:
-            execute(runs, store, ablation.workers, on_progress, ledger)
-        outcome = Outcome(ablation, Path(out), tuple(results.collect(runs, store)))
+        write_json(store.folder / CONFIGURATION, ablation.as_dict())
+        if ablation.tune:
+            write_json(store.folder / "search_space.json", space.written(ablation.all_cells()))
+        protocol = Protocol(ablation, store)
+        begun = 0
+        for runs in protocol.stages():
+            begun += sum(run.steps for run in runs)
+            on_start(runs, max(begun, protocol.expected()))
+            with _ledger(ablation, runs, store) as ledger:
+                execute(runs, store, ablation.workers, on_progress, ledger, ablation.interleave)
+        outcome = _outcome(protocol, complete=True)
         outcome.write()
     return outcome
+
+
+def ablate_study(
+    ablations: Sequence[Ablation],
+    out: str | Path,
+    on_progress: Listener = lambda config, step: None,
+    on_start: Starter = lambda runs, steps: None,
+) -> list[Outcome]:
+    """Make the ablations of a study, one workload after the other, each in a folder of its own.
+
+    Args:
+        ablations: what `read_study` returns.
+        out: the folder of the whole; each workload's results are in ``out/WORKLOAD``, a single one's in ``out``.
+        on_progress: as of `ablate`.
+        on_start: as of `ablate`.
+
+    Returns:
+        The outcomes, in the order of `ablations`.
+
+    Raises:
+        AblationError: as `ablate`; every workload is checked before the first is trained.
+    """
+    if len(ablations) == 1:
+        return [ablate(ablations[0], out, on_progress, on_start)]
+    for ablation in ablations:
+        for run in samples(ablation):
+            check(run)
+    return [ablate(ablation, Path(out) / ablation.workload, on_progress, on_start) for ablation in ablations]
+
+
+def read_outcome(folder: str | Path) -> Outcome:
+    """Read what an ablation found as far as it is, finished or not.
+
+    Args:
+        folder: where `ablate` wrote.
+
+    Returns:
+        The outcome, with the rows whose runs are all finished.
+
+    Raises:
+        AblationError: the folder holds no ablation, or a damaged or older one.
+    """
+    folder = Path(folder)
+    if not (folder / "runs").is_dir():
+        raise AblationError(f"{folder} holds no results: name the folder that soaa ablate wrote")
+    if not (folder / CONFIGURATION).is_file():
+        raise AblationError(
+            f"{folder} was written by an older version, which kept no {CONFIGURATION}: give the same soaa ablate "
+            "command once more, which keeps the finished runs"
+        )
+    content = read_json(folder / CONFIGURATION)
+    try:
+        ablation = Ablation.from_dict(content)
+    except (KeyError, TypeError) as error:
+        raise AblationError(f"{folder / CONFIGURATION} was written by another version: {error}") from error
+    protocol = Protocol(ablation, Store(folder))
+    return _outcome(protocol, complete=protocol.replay())
+
+
+def _outcome(protocol: Protocol, *, complete: bool) -> Outcome:
+    return Outcome(
+        protocol.ablation,
+        protocol.store.folder,
+        tuple(results.collect(protocol.finals, protocol.store)),
+        tuple(protocol.tunings),
+        complete,
+    )
 
 
 @contextlib.contextmanager

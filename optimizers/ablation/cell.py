@@ -23,6 +23,7 @@ class Cell:
         trust_region: name of a trust region, where no optimizer is named.
         options: what is given to the optimizer besides the learning rate, sorted by name.
         title: what tables call it, where it is not to be called by what it is made of.
+        replay: label of another cell, whose recorded radius multiplies the learning rate of this one step by step.
     """
 
     optimizer: str = ""
@@ -30,6 +31,7 @@ class Cell:
     trust_region: str = ""
     options: tuple[tuple[str, OptionValue], ...] = ()
     title: str = ""
+    replay: str = ""
 
     def __post_init__(self) -> None:
         if bool(self.optimizer) == bool(self.curvature) or bool(self.curvature) != bool(self.trust_region):
@@ -48,11 +50,12 @@ class Cell:
         """The title, or the name with its options; `Cell.parse` reads the latter back."""
         if self.title:
             return self.title
-        options = ",".join(f"{name}={_write(value)}" for name, value in self.options)
+        written = [f"{name}={_write(value)}" for name, value in self.options]
+        options = ",".join(written + ([f"replay={self.replay}"] if self.replay else []))
         return f"{self.name}:{options}" if options else self.name
 
     def as_dict(self) -> dict[str, object]:
-        """Return what defines the cell, for a file; the title, which changes no number, is left out."""
+        """Return what defines the optimizer, for a file; the title, which changes no number, is left out."""
         return {
             "optimizer": self.optimizer,
             "curvature": self.curvature,
@@ -79,7 +82,7 @@ class Cell:
 
         Args:
             text: ``name``, ``curvature+trust-region``, either followed by ``:option=value,option=value``.
-                Values are written as in TOML; a bare word is a string.
+                Values are written as in TOML; a bare word is a string. ``replay=LABEL`` names the cell to replay.
 
         Returns:
             The cell; whether its names exist is not checked here.
@@ -101,10 +104,11 @@ class Cell:
                     f"cannot read {item!r} in {text!r}: write options as name:option=value,option=value"
                 )
             options[key.strip()] = _read(value.strip())
+        replay = str(options.pop("replay", ""))
         first, plus, second = name.partition("+")
         if plus:
-            return cls(curvature=first, trust_region=second, options=freeze(options))
-        return cls(optimizer=first, options=freeze(options))
+            return cls(curvature=first, trust_region=second, options=freeze(options), replay=replay)
+        return cls(optimizer=first, options=freeze(options), replay=replay)
 
 
 def freeze(options: Mapping[str, object]) -> tuple[tuple[str, OptionValue], ...]:

@@ -71,7 +71,13 @@ def _listed(values: list[str] | None) -> tuple[str, ...]:
 @app.command()
 def ablate(
     config: Annotated[
-        Path | None, typer.Argument(help="TOML file; options override it.", show_default=False)
+        str | None,
+        typer.Argument(
+            help="TOML or YAML file, or a name of soaa list; options override.", show_default=False
+        ),
+    ] = None,
+    config_option: Annotated[
+        str | None, typer.Option("--config", help="The same as CONFIG.", show_default=False)
     ] = None,
     workload: Annotated[
         str | None, typer.Option("--workload", "-w", help="See soaa list.  [default: digits]")
@@ -97,6 +103,13 @@ def ablate(
         int | None, typer.Option("--steps", help="Training steps.  [default: the workload's]")
     ] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="[default: the workload's]")] = None,
+    tune: Annotated[
+        int | None,
+        typer.Option("--tune", help="Trials a cell in the written search space.  [default: 0]"),
+    ] = None,
+    interleave: Annotated[
+        bool | None, typer.Option("--interleave", help="Cells take turns, for times to be compared.")
+    ] = None,
     schedule: Annotated[str | None, typer.Option("--schedule", help="constant or cosine.")] = None,
     warmup: Annotated[float | None, typer.Option("--warmup", help="Fraction of the steps.")] = None,
     evaluations: Annotated[int | None, typer.Option("--evaluations", help="Points of a curve.")] = None,
@@ -113,8 +126,11 @@ def ablate(
     ),
 ) -> None:
     """Compare optimizers, or any grid of curvature x trust region, on a workload."""
-    from optimizers.ablation.config import Ablation, read_config
+    from optimizers.ablation.config import Ablation
+    from optimizers.ablation.config_file import read_study
 
+    if config and config_option:
+        raise AblationError(f"give one configuration, got {config!r} and --config {config_option!r}")
     asked: dict[str, Any] = {
         "workload": workload,
         "optimizers": _listed(optimizer) or None,
@@ -124,6 +140,8 @@ def ablate(
         "seeds": _seeds(seeds),
         "steps": steps,
         "batch_size": batch_size,
+        "tune": tune,
+        "interleave": interleave,
         "schedule": schedule,
         "warmup": warmup,
         "evaluations": evaluations,
@@ -134,12 +152,12 @@ def ablate(
         "storage": storage,
     }
     overrides = {name: value for name, value in asked.items() if value is not None}
-    ablation = Ablation(**overrides) if config is None else read_config(config, overrides)
-    _run(ablation, out)
+    chosen = config or config_option
+    _run((Ablation(**overrides),) if chosen is None else read_study(chosen, overrides), out)
 
 
-def _run(ablation: Any, out: Path) -> None:
-    from optimizers.ablation.ablate import ablate as run_ablation
+def _run(ablations: Any, out: Path) -> None:
+    from optimizers.ablation.ablate import ablate_study
 
     columns = (
         TextColumn("{task.description}"),
@@ -154,17 +172,18 @@ def _run(ablation: Any, out: Path) -> None:
         task = progress.add_task("checking", total=None)
         done: dict[str, int] = {}
 
-        def start(runs: list[Any]) -> None:
-            progress.update(task, total=sum(run.steps for run in runs), description=f"{len(runs)} runs")
+        def start(runs: list[Any], steps: int) -> None:
+            progress.update(task, total=steps, description=f"{len(runs)} runs")
 
         def step(run: Any, count: int) -> None:
             done[run.key] = count
-            name = f"{run.cell.label} seed {run.seed}"
+            name = f"{run.workload}: {run.cell.label} seed {run.seed}"
             progress.update(task, completed=sum(done.values()), description=name[:40])
 
-        outcome = run_ablation(ablation, out, step, start)
-    _print_outcome(outcome)
-    failed = [row for row in outcome.rows if row.error]
+        outcomes = ablate_study(ablations, out, step, start)
+    for outcome in outcomes:
+        _print_outcome(outcome)
+    failed = [row for outcome in outcomes for row in outcome.rows if row.error]
     for row in failed:
         errors.print(f"[red]failed:[/] {_escaped(row.cell.label)}: {_escaped(row.error)}", highlight=False)
     if failed:

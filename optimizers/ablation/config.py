@@ -6,17 +6,14 @@ import dataclasses
 import hashlib
 import json
 import math
-import re
-import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from optimizers.ablation.cell import Cell, freeze, grid
+from optimizers.ablation.cell import Cell, grid
 from optimizers.ablation.errors import AblationError, unknown_name
 from optimizers.ablation.schedule import SCHEDULES
-from optimizers.ablation.space import typical_learning_rates
+from optimizers.ablation.space import check_budget, typical_learning_rates
 
 DEFAULT_OPTIMIZERS = ("torch-sgd", "torch-adamw", "soaa", "kfac")
 
@@ -79,6 +76,12 @@ class Ablation:
         workers: processes that run at the same time.
         device: such as ``"cpu"`` or ``"cuda"``.
         dtype: such as ``"float32"``.
+        tune: trials with which every cell is tuned, on validation, in the written search space (`space`), before its
+            seeds run at its best setting. 0: no tuning, every cell at every one of `learning_rates`.
+        tune_seed: initial values and batches of the trials; none of `seeds`.
+        extensions: how often a search is extended beyond an edge at which its best trial lies.
+        interleave: the seeds' runs of different cells take turns in one process, so that the machine's drift hits
+            all alike and their times may be compared.
         storage: address of an Optuna study database, such as ``"sqlite:///study.db"``: processes on any number of
             machines that name it share the runs. Empty: the runs are this process's alone.
 
@@ -102,6 +105,10 @@ class Ablation:
     workers: int = 1
     device: str = "cpu"
     dtype: str = "float32"
+    tune: int = 0
+    tune_seed: int = 1000
+    extensions: int = 2
+    interleave: bool = False
     storage: str = ""
 
     def __post_init__(self) -> None:
@@ -129,6 +136,19 @@ class Ablation:
             )
         if not self.seed_list or len(set(self.seed_list)) != len(self.seed_list) or min(self.seed_list) < 0:
             raise AblationError(f"seeds must be a number >= 1, or different numbers >= 0, got {self.seeds}")
+        check_budget(self.tune, self.extensions)
+        if self.tune and self.learning_rates:
+            raise AblationError(
+                "learning_rates must be empty with tune, which searches them: leave one of them out"
+            )
+        if self.tune and self.tune_seed in self.seed_list:
+            raise AblationError(
+                f"tune_seed must be none of seeds, which are to be new to the cells, got {self.tune_seed}"
+            )
+        if self.interleave and (self.workers > 1 or self.storage):
+            raise AblationError(
+                "interleave must be false with workers > 1 or storage: runs take turns in one process"
+            )
 
     @property
     def seed_list(self) -> tuple[int, ...]:
@@ -150,152 +170,64 @@ class Ablation:
                 raise AblationError(
                     f"two different cells are called {cell.label!r}: give them different titles"
                 )
+        for cell in labels.values():
+            if cell.replay and (cell.replay not in labels or labels[cell.replay].replay):
+                raise AblationError(
+                    f"{cell.label}: replay must be the title or name of another cell that replays none, such as "
+                    f"{next(iter(labels))!r}, got {cell.replay!r}"
+                )
         return tuple(labels.values())
 
     def rates_of(self, cell: Cell) -> tuple[float | None, ...]:
         """Return the learning rates of a cell: its own option ``lr``, or those asked for, or typical ones."""
-        if "lr" in dict(cell.options):
+        if "lr" in dict(cell.options) or cell.replay:
             return (None,)
         return self.learning_rates or typical_learning_rates(cell)
 
-    def runs(self) -> list[RunConfig]:
-        """Return every run. The order alternates (A B B A) over seeds, so that drift hits every cell alike."""
+    def run(
+        self, cell: Cell, rate: float | None, seed: int, *, final: bool = True, replay: str = ""
+    ) -> RunConfig:
+        """Return one run of a cell; the test is read only where it is `final`."""
         from optimizers.ablation import workload
 
         problem = workload.get(self.workload)
-        rows: list[RunConfig] = []
-        for position, seed in enumerate(self.seed_list):
-            cells = [
-                RunConfig(
-                    workload=self.workload,
-                    cell=cell,
-                    learning_rate=rate,
-                    seed=seed,
-                    steps=self.steps or problem.steps,
-                    batch_size=self.batch_size or problem.batch_size,
-                    schedule=self.schedule,
-                    warmup=self.warmup,
-                    evaluations=min(self.evaluations, self.steps or problem.steps),
-                    threads=self.threads,
-                    device=self.device,
-                    dtype=self.dtype,
-                )
-                for cell in self.all_cells()
-                for rate in self.rates_of(cell)
-            ]
-            rows += cells if position % 2 == 0 else cells[::-1]
-        return rows
+        steps = self.steps or problem.steps
+        return RunConfig(
+            workload=self.workload,
+            cell=cell,
+            learning_rate=rate,
+            seed=seed,
+            steps=steps,
+            batch_size=self.batch_size or problem.batch_size,
+            schedule=self.schedule,
+            warmup=self.warmup,
+            evaluations=min(self.evaluations, steps),
+            threads=self.threads,
+            device=self.device,
+            dtype=self.dtype,
+            read_test=final,
+            replay=replay,
+        )
 
+    def runs(self) -> list[RunConfig]:
+        """Return the runs that need no other's result: every rate of every cell, or with `tune` the first trials."""
+        from optimizers.ablation.protocol import first_runs
 
-# key -> (type as a user writes it, check)
-_LISTS = {"optimizers": str, "curvature": str, "trust_region": str, "learning_rates": float}
-_SCALARS: dict[str, type] = {
-    "workload": str,
-    "steps": int,
-    "batch_size": int,
-    "schedule": str,
-    "warmup": float,
-    "evaluations": int,
-    "threads": int,
-    "workers": int,
-    "device": str,
-    "dtype": str,
-    "storage": str,
-}
-_CELL_KEYS = ("title", "optimizer", "curvature", "trust_region", "options")
+        return first_runs(self)
 
-
-@dataclass(frozen=True)
-class _Source:
-    path: Path
-    text: str = field(repr=False)
-
-    def error(self, key: str, problem: str, table: int = -1) -> AblationError:
-        return AblationError(f"{self.path}, line {self.line(key, table)}: {key}: {problem}")
-
-    def line(self, key: str, table: int) -> int:
-        """The line of a key: at the top level, or in the `table`-th ``[[cells]]``."""
-        current = -1
-        for number, line in enumerate(self.text.splitlines(), start=1):
-            current += bool(re.match(r"\s*\[\[\s*cells\s*\]\]", line))
-            if current == table and re.search(rf"""(^|[\s,{{\[])["']?{re.escape(key)}["']?\s*[=\]]""", line):
-                return number
-        return 1
-
-
-def read_config(path: Path, overrides: Mapping[str, Any] | None = None) -> Ablation:
-    """Read an ablation from a TOML file.
-
-    Args:
-        path: the file.
-        overrides: values that replace the file's, such as those of the command line.
-
-    Returns:
-        The configuration.
-
-    Raises:
-        AblationError: with the line and the key of what cannot be read.
-    """
-    try:
-        source = _Source(path, path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise AblationError(f"cannot read configuration {path}: {error}") from error
-    try:
-        content = tomllib.loads(source.text)
-    except tomllib.TOMLDecodeError as error:
-        raise AblationError(f"{path}: not TOML: {error}") from error  # the message names line and column
-    values: dict[str, Any] = {}
-    for key, value in content.items():
-        values[key] = _value(source, key, value)
-    try:
-        return Ablation(**{**values, **(overrides or {})})
-    except AblationError as error:
-        blamed = [
-            name for name in content if re.match(rf"{name}\b", str(error)) and name not in (overrides or {})
+    def as_dict(self) -> dict[str, Any]:
+        """Return the ablation as JSON values."""
+        content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        content["cells"] = [
+            {**cell.as_dict(), "title": cell.title, "replay": cell.replay} for cell in self.cells
         ]
-        if not blamed:
-            raise
-        raise AblationError(f"{path}, line {source.line(blamed[0], -1)}: {error}") from error
+        return content
 
-
-def _value(source: _Source, key: str, value: object) -> object:
-    if key in _SCALARS:
-        return _typed(source, key, value, _SCALARS[key])
-    if key in _LISTS:
-        if not isinstance(value, list):
-            raise source.error(key, f"must be a list, got {value!r}")
-        return tuple(_typed(source, key, item, _LISTS[key]) for item in value)
-    if key == "seeds":
-        if isinstance(value, list):
-            return tuple(_typed(source, key, item, int) for item in value)
-        return _typed(source, key, value, int)
-    if key == "cells":
-        if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-            raise source.error(key, "must be written as [[cells]] tables")
-        return tuple(_cell(source, number, item) for number, item in enumerate(value))
-    raise source.error(key, str(unknown_name("key", key, [*_SCALARS, *_LISTS, "seeds", "cells"])))
-
-
-def _typed(source: _Source, key: str, value: object, kind: type) -> Any:
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not kind:
-        words = {str: "text in quotes", int: "a whole number", float: "a number"}
-        raise source.error(key, f"must be {words[kind]}, got {value!r}")
-    return value
-
-
-def _cell(source: _Source, number: int, content: Mapping[str, Any]) -> Cell:
-    for key, value in content.items():
-        if key not in _CELL_KEYS:
-            raise source.error(key, str(unknown_name("key of a cell", key, _CELL_KEYS)), number)
-        if key == "options" and not isinstance(value, dict):
-            raise source.error(key, f"must be a table such as {{gamma = 0.2}}, got {value!r}", number)
-        if key != "options" and not isinstance(value, str):
-            raise source.error(key, f"must be text in quotes, got {value!r}", number)
-    try:
-        names = {key: content.get(key, "") for key in ("optimizer", "curvature", "trust_region", "title")}
-        return Cell(**names, options=freeze(content.get("options", {})))
-    except AblationError as error:
-        first = next(iter(content), "cells")
-        raise source.error(first, str(error), number) from error
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Ablation:
+        """Return the ablation that `as_dict` wrote."""
+        cells = tuple(
+            dataclasses.replace(Cell.from_dict(cell, cell["title"]), replay=cell["replay"])
+            for cell in content["cells"]
+        )
+        return cls(**{**content, "cells": cells})

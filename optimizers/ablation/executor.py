@@ -53,6 +53,7 @@ def execute(
     workers: int = 1,
     on_progress: Listener = lambda config, step: None,
     ledger: Ledger | None = None,
+    interleave: bool = False,
 ) -> None:
     """Make every run that is not finished in the store.
 
@@ -62,6 +63,7 @@ def execute(
         workers: how many run at the same time; 1 runs in this process.
         on_progress: called with a run and how many of its steps are done; with all of them at its end.
         ledger: hands out the runs; None for those of `configs` that are not in the store.
+        interleave: the runs of one seed take turns in this process.
 
     Raises:
         AblationError: a result cannot be written, or a run's worker died more than a few times.
@@ -76,6 +78,9 @@ def execute(
     if workers > 1 and missing:
         _Pool(chosen, store, min(workers, missing), on_progress).run()
         return
+    if interleave:
+        _in_turns(configs, store, on_progress)
+        return
     from optimizers.ablation.run import train
 
     while (config_or_none := chosen.claim()) is not None:
@@ -87,13 +92,29 @@ def execute(
         on_progress(claimed, claimed.steps)
 
 
+def _in_turns(configs: Sequence[RunConfig], store: Store, on_progress: Listener) -> None:
+    from optimizers.ablation.interleave import train_in_turns
+
+    for seed in dict.fromkeys(config.seed for config in configs):
+        runs = [
+            (config, functools.partial(on_progress, config), replayed(config, store))
+            for config in configs
+            if config.seed == seed and not store.has(config.key)
+        ]
+        for config, record in train_in_turns(runs):
+            store.save(config.key, record)
+            on_progress(config, config.steps)
+
+
 def replayed(config: RunConfig, store: Store) -> list[float] | None:
     """Return the recorded radius that a run replays: at each step the one that its source's step used."""
     if not config.replay:
         return None
-    radius: list[float] = store.load(config.replay)["trace"]["radius"]
+    radius: list[float | None] = store.load(config.replay)["trace"].get("radius", [])
+    if any(value is None for value in radius):  # the run failed, or what it ran has no radius
+        return []
     # what is recorded is the radius after a step; the first step uses 1
-    return [1.0, *radius[:-1]]
+    return [1.0, *(value for value in radius[:-1] if value is not None)] if radius else []
 
 
 @dataclass

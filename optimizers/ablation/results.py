@@ -57,8 +57,13 @@ class Row:
     @property
     def diverged(self) -> float:
         """The fraction of runs that failed or diverged."""
-        bad = [r["status"] == "failed" or bool(r["result"].get("diverged", True)) for r in self.records]
+        bad = [diverged(record) for record in self.records]
         return float(sum(bad) / len(bad))
+
+
+def diverged(record: Record) -> bool:
+    """Return whether a run failed, or ended above its initial training loss or at no finite one."""
+    return record["status"] == "failed" or bool(record["result"].get("diverged", True))
 
 
 def number(value: object) -> float:

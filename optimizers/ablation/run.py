@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from optimizers.ablation import adapter, environment, workload
+from optimizers.ablation import adapter, cost, environment, workload
 from optimizers.ablation.config import RunConfig
 from optimizers.ablation.errors import AblationError
 from optimizers.ablation.schedule import factor
@@ -44,6 +46,13 @@ def check(config: RunConfig) -> None:
         adapter.build(config.cell, model, config.learning_rate, config.steps)
 
 
+def sets_its_own_step(config: RunConfig) -> bool:
+    """Return whether the optimizer of a run judges trials, and so needs no learning rate."""
+    with torch.random.fork_rng(devices=[]):
+        model = workload.get(config.workload).model()
+        return adapter.judges_trials(adapter.build(config.cell, model, config.learning_rate, config.steps))
+
+
 def train(
     config: RunConfig, progress: Progress = lambda step: None, factors: list[float] | None = None
 ) -> dict[str, Any]:
@@ -60,6 +69,20 @@ def train(
     Returns:
         JSON values: configuration, environment, status, result, curve, trace.
     """
+    with isolated(config):
+        training = segments(config, progress, factors)
+        while True:
+            try:
+                next(training)
+            except StopIteration as end:
+                record: dict[str, Any] = end.value
+                return record
+
+
+def segments(
+    config: RunConfig, progress: Progress, factors: list[float] | None
+) -> Generator[None, None, dict[str, Any]]:
+    """Train as `train` does, stopping after every evaluation; the generator's value is the record."""
     started = time.time()
     record: dict[str, Any] = {
         "key": config.key,
@@ -67,22 +90,57 @@ def train(
         "environment": environment.describe(),
         "started": started,
     }
-    with _isolated(config):
-        try:
-            run = _Run(config, progress, factors)
-            run.train()
-            record |= run.result()
-        except (AblationError, KeyboardInterrupt):
-            raise
-        except Exception as error:  # one method's failure must not end the others' runs
-            record |= {"status": "failed", "error": f"{type(error).__name__}: {error}", "result": {}}
-            record |= {"curve": {}, "trace": {}}
+    try:
+        if config.replay and not factors:
+            raise RuntimeError(f"the run {config.replay} records no radius that could be replayed")
+        # the same for every seed, so that it is counted once
+        counted = dataclasses.replace(config, seed=0, replay="", evaluations=1)
+        gradients = step_cost(counted) if config.read_test else None
+        run = _Run(config, progress, factors)
+        yield from run.train()
+        record |= run.result()
+        record["result"]["gradients_per_step"] = gradients
+    except (AblationError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # one method's failure must not end the others' runs
+        record |= {"status": "failed", "error": f"{type(error).__name__}: {error}", "result": {}}
+        record |= {"curve": {}, "trace": {}}
     record["elapsed_seconds"] = time.time() - started
     return record
 
 
+@functools.lru_cache(maxsize=256)
+def step_cost(config: RunConfig) -> float:
+    """Return what a step costs in gradients of the same batch, counted over the first steps after the very first.
+
+    Args:
+        config: the run; it is begun once more for this, and no clock is read.
+
+    Returns:
+        Operations of the steps 1 to 20 (or as many as there are) over those of as many gradients.
+    """
+    run = _Run(config, lambda step: None, None)
+    first, last = (0, 1) if config.steps == 1 else (1, 1 + min(cost.STEPS, config.steps - 1))
+    batches = run.data.batches(config.batch_size, run.generator)
+    gradient = 0.0
+    counter = cost.FlopCounter()
+    run.model.train()
+    for step in range(last):
+        inputs, target = (tensor.to(run.device) for tensor in next(batches))
+        run.set_rate(step)
+        if step < first:
+            run.step(run.model, run.problem.loss, inputs, target)
+            continue
+        if not gradient:
+            gradient = run.gradient_flops(inputs, target)
+        with counter:
+            run.step(run.model, run.problem.loss, inputs, target)
+    return counter.total / (last - first) / gradient
+
+
 @contextlib.contextmanager
-def _isolated(config: RunConfig) -> Iterator[None]:
+def isolated(config: RunConfig) -> Iterator[None]:
+    """Set threads and determinism for a run, and put the caller's settings and random state back."""
     threads = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -136,7 +194,7 @@ class _Run:
         self.segments: list[float] = []  # seconds a step, between evaluations
         self.steps_done = 0
 
-    def train(self) -> None:
+    def train(self) -> Generator[None, None, None]:
         config = self.config
         stops = [round(config.steps * i / config.evaluations) for i in range(config.evaluations + 1)]
         every = max(1, config.steps // TRACE_POINTS)
@@ -148,7 +206,7 @@ class _Run:
             start = time.perf_counter()
             for step in range(first, last):
                 inputs, target = next(batches)
-                self._set_rate(step)
+                self.set_rate(step)
                 loss = self.step(
                     self.model, self.problem.loss, inputs.to(self.device), target.to(self.device)
                 )
@@ -161,14 +219,25 @@ class _Run:
             self.steps_done = last
             self._evaluate()
             self.progress(last)
+            yield
             if not math.isfinite(self.curve.train_loss[-1]):
                 return
 
-    def _set_rate(self, step: int) -> None:
+    def gradient_flops(self, inputs: Tensor, target: Tensor) -> float:
+        """Return the operations of one gradient, and leave buffers and random state as they are."""
+        kept = [buffer.clone() for buffer in self.model.buffers()]
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            counted = cost.gradient_flops(self.model, self.problem.loss, inputs, target)
+        for buffer, before in zip(self.model.buffers(), kept, strict=True):
+            buffer.copy_(before)
+        return counted
+
+    def set_rate(self, step: int) -> None:
+        """Set the learning rate of a step."""
         config = self.config
         scale = factor(config.schedule, step, config.steps, config.warmup) if self.scheduled else 1.0
         if self.factors is not None:
-            scale *= self.factors[step]
+            scale *= self.factors[min(step, len(self.factors) - 1)]  # what is replayed may have ended early
         for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             rate = group["lr"]
             if isinstance(rate, Tensor):

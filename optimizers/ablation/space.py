@@ -1,15 +1,14 @@
 """The written search space: which learning rates, and which other numbers, are tried for what.
 
 Frozen on purpose: a space that is widened for one method after its results were seen is no fair comparison. The
-one exception is a rule that holds for every cell alike: where the best trial has the least or the largest
-learning rate of all, the range is extended by a decade there and a few more trials are made.
+one exception is a rule that holds for every cell alike: where the best trial has the least or the largest value of
+all, that range is extended by a decade there and a few more trials are made.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -30,8 +29,9 @@ class Dimension:
 
 _FIRST_ORDER = (Dimension("lr", 1e-4, 1e-2),)
 _NORMALISED = (Dimension("lr", 1e-3, 1e-1),)
-_CURVED = (Dimension("lr", 1e-2, 1.0), Dimension("initial_damping", 1e-3, 1.0))
+_KRONECKER = (Dimension("initial_damping", 1e-3, 10.0), Dimension("radius", 1e-4, 1e-1))
 
+# ``name`` or ``name:option=value``; the second is looked up first
 SPACE: dict[str, tuple[Dimension, ...]] = {
     "torch-sgd": (Dimension("lr", 1e-2, 1.0),),
     "torch-adamw": _FIRST_ORDER,
@@ -40,11 +40,16 @@ SPACE: dict[str, tuple[Dimension, ...]] = {
     "adamw": _FIRST_ORDER,
     "soaa": _FIRST_ORDER,
     "tadam": _FIRST_ORDER,
+    "empirical-fisher-diagonal+rms-box": _FIRST_ORDER,
+    "empirical-fisher-diagonal+soaa": _FIRST_ORDER,
     "adahessian": (Dimension("lr", 1e-2, 1.0),),
     "sophia-h": _FIRST_ORDER,
     "sophia-g": _FIRST_ORDER,
-    "kfac": _CURVED,
-    "ekfac": _CURVED,
+    # adaptive damping sets the length of the step: its rate stays 1
+    "kfac": _KRONECKER,
+    "ekfac": _KRONECKER,
+    "kfac:damping=fixed": (Dimension("lr", 1e-2, 1.0), *_KRONECKER),
+    "ekfac:damping=fixed": (Dimension("lr", 1e-2, 1.0), *_KRONECKER),
     "shampoo": _NORMALISED,
     "soap": (Dimension("lr", 3e-4, 3e-2),),
     "muon": _NORMALISED,
@@ -72,9 +77,34 @@ def space(cell: Cell) -> tuple[Dimension, ...]:
     >>> [dimension.name for dimension in space(Cell.parse("torch-adamw:lr=0.1"))]
     []
     """
-    dimensions = () if cell.name in UNSEARCHED else SPACE.get(cell.name, UNWRITTEN)
+    if cell.name in UNSEARCHED or cell.replay:
+        return ()
     fixed = {name for name, _ in cell.options}
-    return tuple(dimension for dimension in dimensions if dimension.name not in fixed)
+    return tuple(dimension for dimension in _written(cell) if dimension.name not in fixed)
+
+
+def _written(cell: Cell) -> tuple[Dimension, ...]:
+    for name, value in cell.options:
+        if (special := f"{cell.name}:{name}={value}") in SPACE:
+            return SPACE[special]
+    return SPACE.get(cell.name, UNWRITTEN)
+
+
+def is_written(cell: Cell) -> bool:
+    """Return whether a space is written for what a cell names, rather than the one for all else."""
+    return _written(cell) is not UNWRITTEN
+
+
+def written(cells: Sequence[Cell]) -> dict[str, object]:
+    """Return what is searched for each of some cells, and by what rule, as JSON values for a file."""
+    return {
+        "fingerprint": fingerprint(),
+        "sampler": "quasi-random (scrambled Sobol sequence), log-uniform, the same points for equal ranges",
+        "extension": "a decade beyond the edge, for every number whose best value is the least or largest tried",
+        "cells": {
+            cell.label: {d.name: {"low": d.low, "high": d.high} for d in space(cell)} for cell in cells
+        },
+    }
 
 
 def fingerprint() -> str:
@@ -97,7 +127,7 @@ def typical_learning_rates(cell: Cell) -> tuple[float | None, ...]:
     (0.0003, 0.001, 0.003, 0.01)
     """
     rates = [dimension for dimension in space(cell) if dimension.name == "lr"]
-    if cell.name not in SPACE or not rates:
+    if not rates or _written(cell) is UNWRITTEN:
         return (None,)
     middle = float(f"{(rates[0].low * rates[0].high) ** 0.5:.3g}")
     return (float(f"{0.3 * middle:.3g}"), middle, float(f"{3 * middle:.3g}"), rates[0].high)
@@ -140,38 +170,48 @@ def quasi_random(dimensions: Sequence[Dimension], count: int, seed: int) -> list
 def extended(
     dimensions: Sequence[Dimension], tried: Sequence[Mapping[str, float]], best: int
 ) -> tuple[Dimension, ...]:
-    """Return the space to search next where the best learning rate is the least or the largest of all tried.
+    """Return the space to search next where the best value of a number is the least or the largest of all tried.
 
     Args:
-        dimensions: what was searched last.
+        dimensions: what was searched first.
         tried: every point so far.
         best: which of them is the best.
 
     Returns:
-        The same dimensions with the learning rate in the decade beyond that edge; empty where the best is
+        The same dimensions, with each that is best at an edge in the decade beyond it; empty where every best is
         inside.
 
     >>> tried = [{"lr": 0.001}, {"lr": 0.003}, {"lr": 0.008}]
     >>> extended([Dimension("lr", 1e-4, 1e-2)], tried, 2)
     (Dimension(name='lr', low=0.008, high=0.1),)
+    >>> extended([Dimension("lr", 1e-4, 1e-2)], tried, 1)
+    ()
     """
-    rates = [point["lr"] for point in tried if "lr" in point]
-    if len(rates) != len(tried) or not rates or any(not math.isfinite(rate) for rate in rates):
-        return ()
-    least, largest, chosen = min(rates), max(rates), rates[best]
-    current = next(d for d in dimensions if d.name == "lr")
-    if chosen == largest:
-        beyond = Dimension("lr", chosen, max(current.high, chosen) * DECADE)
-    elif chosen == least:
-        beyond = Dimension("lr", min(current.low, chosen) / DECADE, chosen)
-    else:
-        return ()
-    return tuple(beyond if d.name == "lr" else d for d in dimensions)
+    found = []
+    for dimension in dimensions:
+        values = [point[dimension.name] for point in tried]
+        chosen = values[best]
+        if chosen == max(values):
+            found.append(Dimension(dimension.name, chosen, max(dimension.high, chosen) * DECADE))
+        elif chosen == min(values):
+            found.append(Dimension(dimension.name, min(dimension.low, chosen) / DECADE, chosen))
+        else:
+            found.append(dimension)
+    return () if tuple(found) == tuple(dimensions) else tuple(found)
 
 
-def check_budget(trials: int, extension: int, extensions: int) -> None:
+def extension_trials(trials: int) -> int:
+    """Return how many trials an extension makes: a quarter of the first ones, two at least.
+
+    >>> extension_trials(12), extension_trials(3)
+    (3, 2)
+    """
+    return max(2, trials // 4)
+
+
+def check_budget(trials: int, extensions: int) -> None:
     """Raise AblationError where a tuning budget is not possible."""
     if trials < 0 or trials in (1, 2):
-        raise AblationError(f"trials must be 0 (no tuning) or >= 3, got {trials}")
-    if extension < 1 or extensions < 0:
-        raise AblationError(f"extension must be >= 1 and extensions >= 0, got {extension} and {extensions}")
+        raise AblationError(f"tune must be 0 (no tuning) or >= 3 trials a cell, got {trials}")
+    if extensions < 0:
+        raise AblationError(f"extensions must be >= 0, got {extensions}")

@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from optimizers.ablation import Cell, Row, measures
+from optimizers.ablation.comparison import compare, references, sensitivity, summarise
+from optimizers.ablation.profiles import Profile, performance_profiles
+from optimizers.ablation.protocol import Trial, Tuning
+from optimizers.ablation.space import Dimension
+
+STEPS = [0, 10, 20, 30, 40]
+
+
+def _record(
+    seed: int, losses: list[float | None], cost: float = 1.0, pace: float = 0.1, **result: Any
+) -> dict[str, Any]:
+    final = losses[-1]
+    return {
+        "key": f"{seed}", "status": "done", "config": {"seed": seed},
+        "curve": {"step": STEPS, "seconds": [pace * s for s in STEPS], "train_loss": losses, "validation_loss": losses},
+        "result": {
+            "validation_loss": final, "train_loss": final, "validation_metric": 0.5, "test_metric": 0.4, "steps": 40,
+            "seconds": pace * 40, "seconds_per_step": pace, "state_bytes": 8, "gradients_per_step": cost,
+            "learning_rate": 0.1, "diverged": final is None, **result,
+        },
+    }  # fmt: skip
+
+
+def _row(name: str, curves: list[list[float | None]], rate: float | None = 0.1, **options: Any) -> Row:
+    return Row(Cell(name), rate, tuple(_record(seed, curve, **options) for seed, curve in enumerate(curves)))
+
+
+ADAMW = _row("torch-adamw", [[2, 1, 0.8, 0.6, 0.5], [2, 1, 0.9, 0.7, 0.55], [2, 1, 0.9, 0.65, 0.6]])
+FAST = _row(
+    "kfac", [[2, 0.5, 0.3, 0.2, 0.1], [2, 0.7, 0.5, 0.2, 0.1], [2, 0.6, 0.3, 0.2, 0.1]], cost=3.0, pace=0.5
+)
+MISSES = _row("tadam", [[2, 1.5, 1.2, 1.1, 1.0], [2, None, None, None, None], [2, 1.5, 1.2, 1.1, 1.0]])
+
+
+def test_summaries_measure_by_the_median_final_loss_of_the_best_first_order_baseline() -> None:
+    sgd = _row("torch-sgd", [[2, 1.9, 1.8, 1.7, 1.6]] * 3)
+    found = {s.cell: s for s in summarise([MISSES, FAST, sgd, ADAMW], [], "train_loss")}
+    # target 0.55: kfac is there at steps 10, 20, 20; at 3 gradients and half a second a step
+    assert (found["kfac"].steps, found["kfac"].gradients, found["kfac"].seconds) == (20, 60, 10)
+    assert found["torch-adamw"].steps == 40
+    assert found["torch-sgd"].steps == found["tadam"].steps == math.inf
+    # equal time: AdamW trains for 4 seconds, in which kfac takes 8 steps
+    assert found["kfac"].loss_at_time == (2, 2, 2)
+    assert found["torch-adamw"].loss_at_time == found["torch-adamw"].loss
+    assert found["tadam"].divergence == pytest.approx(1 / 3)
+    assert next(s.cell for s in summarise([MISSES, FAST, ADAMW], [], "train_loss")) == "kfac"
+
+
+def test_without_a_baseline_nothing_reaches_a_target() -> None:
+    (only,) = summarise([FAST], [], "train_loss")
+    assert only.steps == math.inf
+    assert references([FAST], "train_loss") == []
+
+
+def test_a_comparison_pairs_the_seeds() -> None:
+    (found,) = compare([ADAMW, FAST], "torch-adamw", "train_loss")
+    # by seed: reaches 0.5, 0.55, 0.6 at steps 10, 20, 10 of 40
+    assert found.steps.estimate == 0.25
+    assert (found.steps.low, found.steps.high) == (0.25, 0.5)
+    assert found.gradients.estimate == 0.75
+    assert found.seconds.estimate == 0.25 * 5
+    assert found.loss.estimate == pytest.approx(np.mean([-0.4, -0.45, -0.5]))
+    assert found.verdicts == {
+        "loss": "better", "loss_at_time": "worse", "steps": "better", "gradients": "not separated",
+        "seconds": "worse",
+    }  # fmt: skip
+
+
+def test_seeds_are_paired_by_number_and_not_by_place() -> None:
+    shuffled = Row(FAST.cell, 0.1, FAST.records[::-1])
+    assert compare([ADAMW, shuffled], "torch-adamw", "train_loss") == compare(
+        [ADAMW, FAST], "torch-adamw", "train_loss"
+    )
+    fewer = Row(FAST.cell, 0.1, FAST.records[1:])
+    assert compare([ADAMW, fewer], "torch-adamw", "train_loss")[0].loss.count == 2
+
+
+def test_what_misses_is_never_better_and_a_failed_reference_lends_no_win() -> None:
+    (found,) = compare([ADAMW, MISSES], "torch-adamw", "train_loss")
+    assert found.steps.estimate == math.inf
+    assert found.verdicts["steps"] == "worse"
+    failed = _row("torch-adamw", [[2, None, None, None, None]] * 3)
+    (against,) = compare([failed, FAST], "torch-adamw", "train_loss")
+    assert against.steps.estimate == math.inf
+    assert against.verdicts["steps"] != "better"
+
+
+def test_equal_cells_are_not_separated() -> None:
+    twin = Row(Cell("soaa"), 0.1, ADAMW.records)
+    (found,) = compare([ADAMW, twin], "torch-adamw", "train_loss")
+    assert set(found.verdicts.values()) == {"not separated"}
+
+
+@pytest.mark.parametrize(
+    ("losses", "decades"),
+    [
+        ({0.01: 1.0}, 0.0),
+        ({0.001: 1.05, 0.01: 1.0, 0.1: 1.06}, 1.0),
+        ({0.001: 1.0, 0.01: 2.0, 0.1: 1.0}, 0.0),  # broken: the far one is no part of the range
+        ({0.001: 1.0, 0.01: math.inf, 0.1: math.nan}, 0.0),
+        ({0.01: -1.0, 0.1: -0.96}, 1.0),  # a negative loss is a loss
+    ],
+)
+def test_width_of_the_range_within_five_percent(losses: dict[float, float], decades: float) -> None:
+    assert measures.rate_width(losses) == pytest.approx(decades)
+
+
+def test_width_where_everything_diverged_is_no_number() -> None:
+    assert math.isnan(measures.rate_width({0.1: math.inf}))
+
+
+def _tuning(points: list[tuple[dict[str, float], float, int]], names: tuple[str, ...]) -> Tuning:
+    trials = [
+        Trial(None, point, extension, loss, not math.isfinite(loss)) for point, loss, extension in points
+    ]  # type: ignore[arg-type]
+    return Tuning(Cell("torch-adamw"), tuple(Dimension(name, 0.1, 1) for name in names), trials)
+
+
+def test_divergence_counts_the_written_space_only_and_setting_is_the_best_trial() -> None:
+    tuning = _tuning(
+        [
+            ({"lr": 0.1}, 0.7, 0),
+            ({"lr": 1.0}, math.inf, 0),
+            ({"lr": 0.01}, 0.5, 1),
+            ({"lr": 10.0}, math.inf, 1),
+        ],
+        ("lr",),
+    )
+    (found,) = summarise([ADAMW], [tuning], "train_loss")
+    assert found.divergence == 0.5
+    assert found.setting == {"lr": 0.01}
+    assert found.trials == 4
+    assert sensitivity([], tuning) == {0.1: 0.7, 1.0: math.inf, 0.01: 0.5, 10.0: math.inf}
+
+
+def test_where_other_numbers_were_searched_the_rate_is_judged_by_the_best_near_it() -> None:
+    points = [({"lr": 10 ** (-i / 16), "radius": 1.0}, 1.0 if i % 2 else 9.0, 0) for i in range(32)]
+    found = sensitivity([], _tuning(points, ("lr", "radius")))
+    assert len(found) == 8
+    assert set(found.values()) == {1.0}
+
+
+def test_measures_of_a_curve() -> None:
+    record = FAST.records[0]
+    assert measures.steps_to(record, "train_loss", 0.3) == 20
+    assert measures.gradients_to(record, "train_loss", 0.3) == 60
+    assert measures.seconds_to(record, "train_loss", 0.05) == math.inf
+    assert measures.loss_at(record, "train_loss", 25, "step") == 0.3
+    assert measures.final_loss(_record(0, [1, None, None, None, None]), "train_loss") == math.inf
+    assert measures.final_loss({"curve": {}}, "train_loss") == math.inf
+
+
+costs = st.lists(
+    st.lists(st.floats(0.1, 100) | st.just(math.inf), min_size=3, max_size=3), min_size=1, max_size=4
+)
+
+
+@given(costs)
+def test_profile_score_is_the_integral_of_its_fraction(rows: list[list[float]]) -> None:
+    named = {str(i): row for i, row in enumerate(rows)}
+    for name, profile in performance_profiles(named).items():
+        grid = np.linspace(1, 4, 30_001)
+        integral = np.trapezoid([profile.fraction(tau) for tau in grid[::100]], grid[::100]) / 3
+        assert profile.score == pytest.approx(integral, abs=0.02), name
+        # written out: τ is reached where no method is τ times cheaper
+        for tau in (1.0, 2.0, 4.0):
+            written = [
+                math.isfinite(own) and all(own <= tau * other[i] * (1 + 1e-12) for other in rows)
+                for i, own in enumerate(named[name])
+            ]
+            assert profile.fraction(tau * (1 + 1e-12)) == pytest.approx(np.mean(written))
+
+
+def test_profile_of_the_best_everywhere_and_of_one_that_always_misses() -> None:
+    found = performance_profiles({"a": [1.0, 2.0], "b": [math.inf, math.inf], "c": [4.0, 16.0]})
+    assert found["a"].score == 1.0
+    assert found["b"].score == 0.0
+    assert found["c"].score == 0.0  # at r_max = 4 it has just been reached
+    assert found["c"].fraction(4.0) == 0.5
+    assert performance_profiles({"a": [math.inf], "b": [math.inf]})["a"].fraction(4.0) == 0.0
+    assert Profile((1.0, 2.0)).steps() == ([1.0, 2.0, 4.0], [0.5, 1.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    "rows", [{}, {"a": []}, {"a": [1.0], "b": [1.0, 2.0]}, {"a": [0.0]}, {"a": [math.nan]}]
+)
+def test_costs_that_have_no_profile_are_refused(rows: dict[str, list[float]]) -> None:
+    with pytest.raises(ValueError, match="costs must"):
+        performance_profiles(rows)

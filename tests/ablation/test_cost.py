@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from optimizers.ablation import Cell, RunConfig
+from optimizers.ablation.cost import FlopCounter, gradient_flops
+from optimizers.ablation.run import step_cost
+
+
+def _cost(cell: str, **changes: Any) -> float:
+    fields: dict[str, Any] = {
+        "workload": "digits",
+        "learning_rate": 0.01,
+        "seed": 0,
+        "steps": 40,
+        "batch_size": 32,
+    }
+    return step_cost(RunConfig(cell=Cell.parse(cell), **{**fields, **changes}))
+
+
+def test_gradient_of_a_linear_network_by_hand() -> None:
+    model = nn.Sequential(nn.Linear(5, 7, bias=False), nn.Linear(7, 3, bias=False))
+    x = torch.ones(4, 5)
+    # forward: every weight once a sample; backward: once for the weight, once for the input that has a gradient
+    expected = 2 * 4 * (5 * 7 * 2 + 7 * 3 * 3)
+    assert gradient_flops(model, lambda z, t: z.sum(), x, x) == expected
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_factorisations_are_counted_by_their_leading_term() -> None:
+    n = 6
+    a = torch.eye(n, dtype=torch.float64) * 2
+    expected = {
+        torch.linalg.eigh: 9 * n**3, torch.linalg.cholesky: n**3 / 3, torch.linalg.inv: 2 * n**3,
+        torch.linalg.qr: 4 * n**3 - 4 * n**3 / 3, torch.linalg.svd: 22 * n**3,
+    }  # fmt: skip
+    for function, count in expected.items():
+        with FlopCounter() as counter:
+            function(a)
+        assert counter.total == pytest.approx(count), function
+    for function, arguments, count in (
+        (torch.linalg.solve, (a, torch.ones(n, 2, dtype=torch.float64)), 2 / 3 * n**3 + 2 * n * n * 2),
+        (torch.cholesky_solve, (torch.ones(n, 2, dtype=torch.float64), a), 2 * n * n * 2),
+        (
+            partial(torch.linalg.solve_triangular, upper=True),
+            (a, torch.ones(n, 2, dtype=torch.float64)),
+            2 * n * n,
+        ),
+    ):
+        with FlopCounter() as counter:
+            function(*arguments)  # type: ignore[operator]
+        assert counter.total == pytest.approx(count), function
+
+
+@pytest.mark.parametrize("cell", ["torch-adamw", "torch-sgd", "soaa", "adamw", "tadam"])
+def test_elementwise_optimizers_cost_one_gradient(cell: str) -> None:
+    assert _cost(cell) == 1.0
+
+
+def test_hessian_products_and_drawn_labels_are_counted_by_their_interval() -> None:
+    every, tenth = _cost("adahessian"), _cost("adahessian:interval=10")
+    # a Hessian product by double backward: about 2 gradients more
+    assert 2.5 < every < 4.0
+    assert tenth - 1 == pytest.approx((every - 1) / 10, rel=1e-6)
+    assert _cost("adahessian:probes=2") - 1 == pytest.approx(2 * (every - 1), rel=0.35)
+    drawn = _cost("sophia-g:interval=1")
+    # one backward pass (2/3 of a gradient) more for labels from the model, and its squares
+    assert 1.5 < drawn < 2.5
+
+
+def test_trials_and_factors_are_counted() -> None:
+    # a trial is one forward pass, a third of a gradient, every step
+    assert _cost("identity+cauchy") > 1.3
+    rare, often = _cost("kfac:damping=fixed"), _cost("kfac:damping=fixed,inverse_interval=1")
+    assert 1.5 < rare < often
+    assert _cost("kfac:damping=fixed") == rare  # counted, not measured
+
+
+def test_counting_changes_no_number_of_the_run() -> None:
+    from optimizers.ablation.run import train
+
+    config = RunConfig("digits", Cell("sophia-g"), 0.001, 0, 12, 32, evaluations=2)
+    curves = []
+    for read_test in (True, False):  # only final runs are counted
+        record = train(RunConfig(**{**vars(config), "read_test": read_test}))
+        assert (record["result"]["gradients_per_step"] is not None) == read_test
+        curves.append(record["curve"]["train_loss"])
+    assert curves[0] == curves[1]
