@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from curvature import loss_weights, vectors
 from curvature.layer_io import Recorder
 from curvature.likelihood import Likelihood, check_likelihood, output_likelihood
-from curvature.loss_graph import LossGraph
+from curvature.loss_graph import LossGraph, refuse_other_paths
 from curvature.measured_weights import batch_size
 from curvature.operators import DiagonalOperator
 from curvature.per_sample import PerSample, independent_samples, recorder_for, refuse_coupled
@@ -63,6 +63,8 @@ class EmpiricalFisherDiagonal(Estimator):
     model: nn.Module | None = field(default=None, repr=False, compare=False)
     likelihood: Likelihood | None = None
     recorder: Recorder | None = field(default=None, init=False, repr=False, compare=False)
+
+    semidefinite = True
 
     def __post_init__(self) -> None:
         check_beta(self.beta)
@@ -121,6 +123,8 @@ class EmpiricalFisherDiagonal(Estimator):
         recorder = recorder_for(problem.model)
         total: list[Tensor] | None = None
         for seen in problem.evaluations():
+            if total is None:
+                refuse_other_paths(seen.graph, "the per-sample empirical Fisher")
             count = samples_of(seen)
             c = loss_weights.sample_weights(
                 problem.loss_fn, seen.outputs, seen.target, problem.weight_fn, count

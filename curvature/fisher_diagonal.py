@@ -59,6 +59,8 @@ class FisherDiagonal(MeasuredDiagonal):
     interval: int = 1
     beta: float = 0.999
 
+    semidefinite = True
+
     def __post_init__(self) -> None:
         self.check()
         check_likelihood(self.likelihood)

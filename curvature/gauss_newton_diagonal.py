@@ -60,6 +60,8 @@ class GaussNewtonDiagonal(MeasuredDiagonal):
     interval: int = 1
     recorder: Recorder | None = field(default=None, init=False, repr=False, compare=False)
 
+    semidefinite = True
+
     def __post_init__(self) -> None:
         self.check()
         if self.model is not None:

@@ -64,6 +64,7 @@ class GradientVariance(Estimator):
     eps: float = 1e-8
 
     shardable = True
+    semidefinite = True
 
     def __post_init__(self) -> None:
         check_beta(self.betas[0], "betas[0]")

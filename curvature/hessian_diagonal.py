@@ -41,6 +41,8 @@ class HessianDiagonal(MeasuredDiagonal):
     interval: int = 1
     max_elements: int = 20_000
 
+    semidefinite = False
+
     def __post_init__(self) -> None:
         self.check()
         if self.max_elements < 1:

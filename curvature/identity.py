@@ -29,6 +29,8 @@ class Identity(Estimator):
     Cost: nothing.
     """
 
+    semidefinite = True
+
     @property
     def needs(self) -> Needs:
         """Nothing but the gradient."""

@@ -51,6 +51,8 @@ class LBFGS(LimitedMemory):
     safeguard: Literal["skip", "powell"] = "skip"
     skip_below: float = 1e-8
 
+    semidefinite = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.safeguard not in ("skip", "powell"):

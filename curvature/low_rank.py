@@ -94,6 +94,11 @@ class LowRank(Estimator):
         return not self.sketches
 
     @property
+    def semidefinite(self) -> bool:  # type: ignore[override]
+        """As the matrix that is approximated."""
+        return self.of == "gauss-newton"
+
+    @property
     def inner(self) -> MatrixFreeEstimator:
         """The estimator whose products are taken."""
         return Hessian() if self.of == "hessian" else GaussNewton()

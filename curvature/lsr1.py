@@ -47,6 +47,8 @@ class LSR1(LimitedMemory):
 
     skip_below: float = 1e-8
 
+    semidefinite = False
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0.0 <= self.skip_below < 1.0:

@@ -93,6 +93,12 @@ class PerParameter(Estimator):
         """Whether a part wants steps."""
         return any(getattr(part, "tracks_steps", False) for part in self.parts)
 
+    @property
+    def semidefinite(self) -> bool | None:  # type: ignore[override]
+        """Whether every part is; one of which nobody knows leaves it open."""
+        promises = [getattr(part, "semidefinite", None) for part in self.parts]
+        return False if False in promises else None if None in promises else True
+
     def assign(self, model: nn.Module, params: Sequence[Tensor]) -> list[int]:
         """The group of every parameter: an index into :attr:`parts`."""
         where: dict[int, tuple[str, nn.Module]] = {}

@@ -155,6 +155,8 @@ class CurvatureEstimator(Protocol):
     - ``tracks_steps``: ``seen.step_change`` is wanted (quasi-Newton pairs).
     - ``tracks_second_moment``: ``operator(state).diagonal()`` is the running mean of squared gradients, so that
       :class:`trust_region.RmsBox` need not keep its own.
+    - ``semidefinite``: whether every operator is positive semi-definite, so that :func:`optimizers.build` can refuse a
+      region that needs it; ``None`` where nobody says, and then the first step finds out.
     """
 
     @property
@@ -185,6 +187,7 @@ class Estimator:
     evaluates_gradients: bool = False
     tracks_steps: bool = False
     tracks_second_moment: bool = False
+    semidefinite: bool | None = None
 
     def due(self, state: State) -> bool:
         """Whether the coming step measures; estimators with an interval override it."""

@@ -136,7 +136,8 @@ def check_estimator(
         estimator: a class (its field ``model``, if it has one, is filled in), a function ``factory(model=…)``, or an
             instance that holds no model.
         options: arguments of the class.
-        semidefinite: whether B promises to be positive semidefinite, as Gauss-Newton and Fisher matrices do.
+        semidefinite: whether B promises to be positive semidefinite, as Gauss-Newton and Fisher matrices do; an
+            estimator whose own ``semidefinite`` is true has promised it.
         splits: whether batches promise to combine exactly; false for curvature that draws labels.
         refreshes: whether the first update promises to equal the one-shot estimate.
         only: names of :data:`LAWS` to check; all by default.
@@ -253,10 +254,11 @@ def check_diagonal(subject: Subject) -> None:
 
 
 def check_semidefinite(subject: Subject) -> None:
-    """Where promised: no eigenvalue below zero."""
-    if not subject.semidefinite:
+    """Where promised, here or by the estimator itself: no eigenvalue below zero."""
+    model = subject.model()
+    if not (subject.semidefinite or getattr(subject.estimator(model), "semidefinite", None)):
         return
-    B = subject.estimate(subject.model()).to_dense()
+    B = subject.estimate(model).to_dense()
     values = torch.linalg.eigvalsh(0.5 * (B + B.T))
     floor = -1e-9 * float(values.abs().max())
     assert float(values[0]) >= floor, (

@@ -90,6 +90,8 @@ class RootDiagonal(WrappedDiagonal):
 
     estimator: CurvatureEstimator
 
+    semidefinite = True
+
     def changed(self, state: State, diagonal: list[Tensor]) -> list[Tensor]:
         """√h."""
         return [h.sqrt() for h in diagonal]
@@ -126,6 +128,8 @@ class FlooredDiagonal(WrappedDiagonal):
     scale: float = 1.0
     floor: float = 1e-12
     bias_corrected: bool = True
+
+    semidefinite = True
 
     def __post_init__(self) -> None:
         if not self.scale > 0:

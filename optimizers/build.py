@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from curvature.registry import estimators, nearest
+from optimizers.checks import check_pair
 from optimizers.registry import optimizers
 from optimizers.second_order import SecondOrder
 from trust_region.registry import trust_regions
@@ -23,6 +24,7 @@ def build(
     curvature_options: Mapping[str, Any] | None = None,
     trust_region_options: Mapping[str, Any] | None = None,
     params: Any = None,
+    convex: bool = False,
     **options: Any,
 ) -> SecondOrder:
     """An optimizer from names: ``build(model, "soaa", lr=1e-3)`` or ``build(model, curvature=…, trust_region=…)``.
@@ -35,11 +37,13 @@ def build(
         curvature_options: options for the estimator alone, where a name would be ambiguous.
         trust_region_options: options for the trust region alone.
         params: parameters or groups to optimise in place of the model's.
+        convex: whether the loss is known to be convex, so that its Hessian goes where an indefinite one cannot.
         **options: of the preset; or of :class:`SecondOrder`, the estimator and the trust region, told apart by name.
 
     Raises:
         UnknownNameError: for a name that no entry has, with the nearest ones.
         TypeError: for an option that no part takes, or that two parts take.
+        ValueError: for curvature that may be indefinite beside a trust region that cannot take it.
 
     >>> import torch
     >>> model = torch.nn.Linear(2, 1)
@@ -84,7 +88,10 @@ def build(
     for_region.update(trust_region_options or {})
     if takes_model(estimator):
         for_curvature.setdefault("model", model)
-    return SecondOrder(chosen, curvature=estimator(**for_curvature), trust_region=region(**for_region), **own)
+    what, where = estimator(**for_curvature), region(**for_region)
+    if not convex:
+        check_pair(what, where)
+    return SecondOrder(chosen, curvature=what, trust_region=where, **own)
 
 
 def parameters_of(factory: Callable[..., Any]) -> list[str]:

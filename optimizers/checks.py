@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvature.protocols import Needs
+from curvature.protocols import CurvatureEstimator, Needs
+from trust_region import TrustRegion
 
 
 def check_group(group: Mapping[str, Any], needs: Needs) -> None:
@@ -61,6 +62,22 @@ def number(group: Mapping[str, Any], name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{name} must be a number, got {value!r}")
     return float(value)
+
+
+def check_pair(curvature: CurvatureEstimator, trust_region: TrustRegion) -> None:
+    """Refuse a curvature that may be indefinite beside a trust region that cannot take one.
+
+    An estimator that says nothing (``semidefinite`` is ``None`` or absent) passes: the first step finds out.
+    """
+    if getattr(curvature, "semidefinite", None) is not False:
+        return
+    why = trust_region.definite_only
+    if why is not None:
+        raise ValueError(
+            f"{type(curvature).__name__} may be indefinite, and {why}: use a positive semi-definite curvature "
+            "(Gauss-Newton, Fisher, KFAC), a region that takes any (Box, or L2Ball with SteihaugCG), or convex=True "
+            "where the loss is known to be convex"
+        )
 
 
 def signal_names(needs: Needs) -> str:

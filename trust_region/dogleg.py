@@ -40,6 +40,7 @@ class Dogleg:
     """
 
     regions = (L2Ball,)
+    definite_only = True
 
     @property
     def needs(self) -> Needs:

@@ -42,6 +42,8 @@ class KLBall(Shape):
 
     includes_lr: bool = False
 
+    definite_only = True
+
     def minimise(
         self,
         state: State,

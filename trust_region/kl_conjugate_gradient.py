@@ -45,6 +45,7 @@ class KLConjugateGradient:
     tolerance: float = 1e-10
 
     regions = (KLBall,)
+    definite_only = True
 
     def __post_init__(self) -> None:
         if self.max_iterations < 1:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from curvature import vectors
-from curvature.protocols import CurvatureOperator, State
+from curvature.protocols import CurvatureOperator, SingularCurvatureError, State
 from trust_region.protocols import Solution, StepContext
 
 
@@ -91,12 +91,20 @@ def solve_then_project(
 ) -> Solution:
     """-(B+λI)⁻¹g projected to the region, or the region's Cauchy step where that would not reduce the model.
 
+    The Cauchy step also stands in where the damping λ > 0 happens to make an indefinite B singular.
+
     An operator that says ``positive_semidefinite = True`` and is only scaled down needs no such check; that is
     left to the regions that know (:class:`KLBall`).
 
     Cost: one ``solve`` and two products.
     """
-    newton = vectors.negative(curvature.solve(gradient, damping))
+    newton = damped_newton(gradient, curvature, damping)
+    if newton is None:
+        fallback, fallback_product, full = cauchy_step(
+            gradient, region.steepest(state, gradient, curvature, radius, context), curvature, damping
+        )
+        told: dict[str, object] = {"cauchy_fallback": torch.ones_like(full)}
+        return Solution(fallback, on_boundary=full, curvature_step=fallback_product, diagnostics=told)
     step = region.project(state, newton, gradient, curvature, radius, context)
     product = curvature.matvec(step)
     fallback, fallback_product, full = cauchy_step(
@@ -111,6 +119,22 @@ def solve_then_project(
         curvature_step=choose(downhill, product, fallback_product),
         diagnostics={"cauchy_fallback": ~downhill},
     )
+
+
+def damped_newton(
+    gradient: Sequence[Tensor], curvature: CurvatureOperator, damping: Tensor | float
+) -> list[Tensor] | None:
+    """-(B+λI)⁻¹g; ``None`` where λ > 0 met an eigenvalue of -λ, which an indefinite B may have at any step.
+
+    Raises:
+        curvature.SingularCurvatureError: for a singular B without a damping: there a damping is what is missing.
+    """
+    try:
+        return vectors.negative(curvature.solve(gradient, damping))
+    except SingularCurvatureError:
+        if not bool(torch.as_tensor(damping) > 0):
+            raise
+        return None
 
 
 def scaling(norm: Tensor, radius: Tensor) -> Tensor:

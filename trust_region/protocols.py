@@ -103,7 +103,8 @@ class Region(Protocol):
     """A shape in which the model is believed: {p : ‖p‖ <= Δ} in the region's own norm; a frozen dataclass.
 
     ``minimise`` is exact for a diagonal B (``operator.is_diagonal``). For any other B it solves, then projects; a
-    subproblem solver (Steihaug-CG, dogleg, exact) does better inside an :class:`L2Ball`.
+    subproblem solver (Steihaug-CG, dogleg, exact) does better inside an :class:`L2Ball`. One that cannot take an
+    indefinite B says so by ``definite_only = True``, and :func:`optimizers.build` refuses such a pair.
     """
 
     @property
@@ -142,7 +143,10 @@ class Region(Protocol):
 
 @runtime_checkable
 class Subproblem(Protocol):
-    """A way to find a good step inside a region with a general B; a frozen dataclass."""
+    """A way to find a good step inside a region with a general B; a frozen dataclass.
+
+    ``regions`` names the shapes it works in; ``definite_only = True`` says that it cannot take an indefinite B.
+    """
 
     @property
     def needs(self) -> Needs:

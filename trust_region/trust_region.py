@@ -80,6 +80,23 @@ class TrustRegion:
         """Whether the policy judges a step by the loss of the next one."""
         return self.radius.lagged
 
+    @property
+    def definite_only(self) -> str | None:
+        """Why an indefinite B cannot be taken, in words; ``None`` where it can."""
+        for part in (self.subproblem, self.region if self.subproblem is None else None):
+            if getattr(part, "definite_only", False):
+                return f"{type(part).__name__} needs positive semi-definite curvature"
+        if self.takes_every_step and self.subproblem is None:
+            return "without a region nothing holds its step back"
+        return None
+
+    @property
+    def takes_every_step(self) -> bool:
+        """Whether neither a region, a trial nor an adapted damping stands between the model and the parameters."""
+        adapts = getattr(self.radius, "adapts", ())
+        held = self.needs & (Needs.TRIAL_LOSS | Needs.TRIAL_GRADIENT) or "damping" in adapts or "sigma" in adapts
+        return isinstance(self.region, Unbounded) and not held
+
     def init(self, params: Sequence[Tensor], estimator: CurvatureEstimator | None = None) -> State:
         """Fresh state of region and policy, one dictionary."""
         state: State = dict(self.radius.init(params))
@@ -126,7 +143,7 @@ class TrustRegion:
             solution = self.subproblem.solve(gradient, curvature, cast(Tensor, radius), damping)
         else:
             solution = self.region.minimise(state, gradient, curvature, radius, damping, context)
-            if isinstance(self.region, Unbounded) and isinstance(self.radius, FixedRadius):
+            if self.takes_every_step:
                 refuse_uphill(gradient, solution.step, curvature)
         predict = getattr(self.radius, "predict", None)
         if predict is not None:

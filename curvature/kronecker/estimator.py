@@ -32,7 +32,7 @@ from curvature.likelihood import Likelihood
 from curvature.loss_graph import LossGraph
 from curvature.loss_weights import sample_weights
 from curvature.problem import Evaluation, Problem
-from curvature.protocols import Estimator, Needs, Observation, State, Statistics
+from curvature.protocols import TRANSIENT, Estimator, Needs, Observation, State, Statistics
 from curvature.running_mean import check_beta
 from curvature.side_effects import coupled_by_batch_norm
 
@@ -62,6 +62,8 @@ class KroneckerEstimator(Estimator):
     max_dim: int | None = 8192
     exclude: Sequence[str] = ()
     _live: _Live = field(init=False, repr=False, compare=False, default_factory=_Live)
+
+    semidefinite = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):
@@ -209,8 +211,9 @@ class KroneckerEstimator(Estimator):
         scaled = {i for s in scales for _, i in s.layer.parameters}
         rest = [i for i in layout.diagonal if i not in scaled]
         draw = cast(int, state["draws"])  # state, so that a resumed run goes on where it stopped
-        state["draws"] = draw + self.samples
-        for column in columns(self.fisher, graph, found, self.samples, self.seed, draw, own_weights):
+        first = cast(int, state.get(TRANSIENT, 0))  # the samples of the step's earlier micro-batches
+        state[TRANSIENT] = first + int(found.z.shape[0])
+        for column in columns(self.fisher, graph, found, self.samples, self.seed, draw, own_weights, first):
             measurement.send_back_(into, used, scales, graph, column, samples, self.sharing)
             if rest:
                 fallback.add_squares_([diagonal[i] for i in rest], graph, [params[i] for i in rest], column)
@@ -249,6 +252,8 @@ class KroneckerEstimator(Estimator):
             new = self._take(state, layout, observed, live)
         self._refresh(state, learning.due_blocks(layout, step, self.inverse_interval, new))
         state["step"] = step + 1
+        if state.pop(TRANSIENT, None) is not None:
+            state["draws"] = cast(int, state["draws"]) + self.samples
         if self._live.recorder is not None:
             self._live.recorder.enabled = self.due(state)
 

@@ -57,6 +57,8 @@ class EmpiricalFisher(OutputSpaceEstimator):
     likelihood: Likelihood | None = None
     jvp: Mode = "reverse"
 
+    semidefinite = True
+
     def __post_init__(self) -> None:
         check_mode(self.jvp, "jvp")
         if self.likelihood is not None:

@@ -61,6 +61,8 @@ class Fisher(OutputSpaceEstimator):
     seed: int = 0
     jvp: Mode = "reverse"
 
+    semidefinite = True
+
     def __post_init__(self) -> None:
         check_mode(self.jvp, "jvp")
         check_likelihood(self.likelihood)
@@ -77,12 +79,15 @@ class Fisher(OutputSpaceEstimator):
         return {} if self.samples is None else {"draws": 0}
 
     def loop_product(self, state: State, seen: Observation) -> HessianProduct:
-        """Σ of the products of this step's losses, each with draws of its own."""
+        """Σ of the products of this step's losses; a sample draws by its number in the step's whole batch."""
         if self.samples is None or self.jvp != "reverse" or not seen.graphs:
             return super().loop_product(state, seen)
-        first = cast(int, state["draws"])
-        state["draws"] = first + len(seen.graphs)
-        return summed([self.graph_product(graph, {"index": first + i}) for i, graph in enumerate(seen.graphs)])
+        index, first, products = cast(int, state["draws"]), 0, []
+        state["draws"] = index + 1
+        for graph in seen.graphs:
+            products.append(self.graph_product(graph, {"index": index, "first": first}))
+            first += graph.output.shape[0] if graph.output.dim() else 1
+        return summed(products)
 
     def middle(self, graph: LossGraph, memory: Memory, u: Tensor) -> Tensor:
         """Diag(c_n M_n) u, with the mean over draws in the place of M_n where it is sampled."""
@@ -94,7 +99,8 @@ class Fisher(OutputSpaceEstimator):
         if "sampled" not in memory:
             found = output_likelihood(graph, self.likelihood)
             first = memory["index"] * self.samples
-            draws = (found.draw(self.seed, first + k) for k in range(self.samples))
+            number = memory.get("first", 0)
+            draws = (found.draw(self.seed, first + k, number) for k in range(self.samples))
             memory["sampled"] = SampledOutputFisher.from_draws(found, draws, self.samples)
         sampled: SampledOutputFisher = memory["sampled"]
         return sampled.product(u.to(sampled.moment.dtype)).to(u.dtype)

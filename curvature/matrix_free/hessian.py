@@ -34,16 +34,17 @@ class Hessian(MatrixFreeEstimator):
     approximations are measured against.
 
     Args:
-        hvp: how a product is computed. ``"reverse"``: the gradient of ⟨∇f, v⟩; the fastest here, since the first
+        hvp: how a product is computed. ``"reverse"``: the gradient of ⟨∇f, v⟩; the fastest here where the first
             gradient is kept from product to product. ``"forward"``: a directional derivative of the gradient,
             with less memory where many products are taken; only in :func:`curvature.estimate`, which knows the
             model. ``"finite-difference"``: central differences of gradients, for a model without a double
             backward (compiled, flash attention, sharded); relative error about u^(2/3), 4e-5 in float32 and 4e-11
             in float64, more where f has kinks within the step; in an optimizer it needs ``step(closure)``.
-        reuse_graph: for ``"reverse"`` in :func:`curvature.estimate` over one batch: keep the graph from product to
-            product, or build it anew and free it on the way, which is slower and takes less memory. An optimizer's
-            step keeps the graphs that it has; several batches keep none. A batch that is split in k parts gives the
-            same products with a k-th of the memory.
+        reuse_graph: for ``"reverse"`` in :func:`curvature.estimate` over one batch: ``True`` keeps the graph from
+            product to product, ``False`` builds it anew and frees it on the way, which is slower and takes less
+            memory; ``"auto"`` keeps it where it holds little beside the parameters. An optimizer's step keeps the
+            graphs that it has; several batches keep none. A batch that is split in k parts gives the same products
+            with a k-th of the memory.
 
     >>> from curvature import estimate
     >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -53,16 +54,20 @@ class Hessian(MatrixFreeEstimator):
     [tensor([[1., 4.]])]
 
     Cost: in gradients of the same model, time and peak memory, for an MLP of 1.3 M parameters (for a GPT of 0.8 M):
-    reverse 1.6 (2.2) and 1.4 (3.4); with the graph anew 2.7 (3.5) and 1.3 (2.5); forward 4.2 (4.4) and 3.4 (3.3);
+    with the graph kept 1.6 (2.2) and 1.4 (3.4); anew 2.7 (3.5) and 1.3 (2.5); forward 4.2 (4.4) and 3.4 (3.3);
     finite differences 3.2 (2.1) and 3.7 (1.3). ``tests/benchmarks/test_products.py`` measures them.
     References: Pearlmutter 1994; Griewank & Walther 2008; Andrei 2009 (the step of the difference).
     """
 
     hvp: Mode = "reverse"
-    reuse_graph: bool = True
+    reuse_graph: bool | Literal["auto"] = "auto"
+
+    semidefinite = False
 
     def __post_init__(self) -> None:
         check_mode(self.hvp, "hvp")
+        if self.reuse_graph not in (True, False, "auto"):
+            raise ValueError(f'reuse_graph must be True, False or "auto", got {self.reuse_graph!r}')
 
     @property
     def needs(self) -> Needs:

@@ -10,7 +10,6 @@ import functools
 import inspect
 import math
 import pathlib
-import re
 import time
 import warnings
 from dataclasses import dataclass
@@ -45,8 +44,8 @@ class Outcome:
     Args:
         curvature: the estimator's name.
         trust_region: the trust region's name.
-        verdict: ``"trains"``, ``"refused when built"``, ``"refused in the first step"`` or ``"does not train"``.
-        reason: the message of a refusal, or how far the loss came.
+        verdict: ``"trains"``, ``"refused when built"``, ``"fails"`` or ``"does not train"``.
+        reason: the message of a refusal or of an error in a step, or how far the loss came.
         steps: after which the loss had halved.
         lr: with which it did.
     """
@@ -124,14 +123,12 @@ def outcome(curvature: str, trust_region: str) -> Outcome:
                     lr=lr,
                     **options_of(curvature, trust_region),
                 )
-            except (ValueError, TypeError) as error:
+            except ValueError as error:
                 return Outcome(curvature, trust_region, "refused when built", str(error))
             try:
                 steps, value = run(optimizer, model)
             except (ValueError, RuntimeError, ArithmeticError, NotImplementedError) as error:
-                return Outcome(
-                    curvature, trust_region, "refused in the first step", f"{type(error).__name__}: {error}"
-                )
+                return Outcome(curvature, trust_region, "fails", f"{type(error).__name__}: {error}")
         if steps is not None:
             return Outcome(curvature, trust_region, "trains", "", steps, lr)
         reason = f"the loss came to {value:.3g} at lr = {lr:g}"
@@ -156,23 +153,16 @@ def main() -> None:
     with REFUSALS.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["curvature", "trust region", "when", "reason"])
-        for r in rows:
-            if r.verdict != "trains":
-                writer.writerow(
-                    [
-                        r.curvature,
-                        r.trust_region,
-                        r.verdict,
-                        re.sub(r"-?\d+\.?\d*(e[-+]\d+)? < 0", "… < 0", r.reason),
-                    ]
-                )
+        writer.writerows(
+            [r.curvature, r.trust_region, r.verdict, r.reason] for r in rows if r.verdict != "trains"
+        )
 
 
 def cell(outcome: Outcome) -> str:
     """The table's text for one outcome."""
     if outcome.verdict == "trains":
         return f"{outcome.steps}"
-    return "refused" if outcome.verdict.startswith("refused") else "no"
+    return "refused" if outcome.verdict == "refused when built" else "no"
 
 
 if __name__ == "__main__":

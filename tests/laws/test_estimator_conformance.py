@@ -40,8 +40,6 @@ SEMIDEFINITE = {
 }
 #: Labels are drawn batch by batch, so that another split draws others.
 SAMPLED = {"fisher", "fisher-diagonal"}
-#: In training its eigenvalues are measured from the second step on, in the basis of the first.
-SECOND_LOOK = {"ekfac"}
 
 
 @pytest.mark.parametrize("law", testing.LAWS)
@@ -52,7 +50,6 @@ def test_registered_estimator_keeps_the_law(name: str, law: str) -> None:
         options=OPTIONS.get(name),
         semidefinite=name in SEMIDEFINITE,
         splits=name not in SAMPLED,
-        refreshes=name not in SECOND_LOOK,
         only=[law],
     )
 

@@ -18,7 +18,7 @@ def test_every_cell_trains_or_says_why_not(curvature: str) -> None:
     assert curvature in published, "run python -m tests.laws.grid to bring docs/reference/grid.csv up to date"
     for trust_region in trust_regions.names():
         found = grid.outcome(curvature, trust_region)
-        assert found.verdict != "does not train", found
+        assert found.verdict in ("trains", "refused when built"), found
         if found.verdict != "trains":
             assert len(found.reason) > 40, found  # a refusal names the reason and the remedy
         shown = published[curvature].get(trust_region, "")
