@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,14 +33,17 @@ class Snapshot:
     Args:
         problem: model, loss and batches.
         math_attention: compute attention by the one kernel that has second derivatives and forward mode.
-        reuse_graph: keep the graph of the loss from product to product, where there is only one batch.
+        reuse_graph: keep the graph of the loss from product to product, where there is only one batch; ``"auto"``
+            where it holds little beside the parameters.
 
     Raises:
         ValueError: for a loss that is not finite, that two evaluations disagree about, or that reads the model's
             parameters by another way than through the model.
     """
 
-    def __init__(self, problem: Problem, *, math_attention: bool = True, reuse_graph: bool = True) -> None:
+    def __init__(
+        self, problem: Problem, *, math_attention: bool = True, reuse_graph: bool | Literal["auto"] = True
+    ) -> None:
         self.problem = problem
         # A fully masked batch has no part in f, and a loss of its own that is 0/0.
         kept = [(w, b) for w, b in zip(problem.shares, problem.batches, strict=True) if float(w) != 0.0]
@@ -61,9 +64,12 @@ class Snapshot:
         }
         self._modes = [(m, m.training) for m in problem.model.modules()]
         self._frozen = [(n, p, p._version) for n, p in problem.model.named_parameters() if not p.requires_grad]
-        self.reuses_graph = reuse_graph and len(self.batches) == 1
         self._cached: LossGraph | None = None
-        self._check()
+        graph_bytes = self._check()
+        if reuse_graph == "auto":
+            # The graph of the gradient holds about as much again as that of the loss.
+            reuse_graph = 2 * graph_bytes <= sum(p.numel() * p.element_size() for p in self.params)
+        self.reuses_graph = reuse_graph and len(self.batches) == 1
 
     def leaves(self) -> list[Tensor]:
         """Fresh leaves that hold θ and require grad; they share the copy's memory."""
@@ -149,15 +155,16 @@ class Snapshot:
                 for m, training in changed:
                     m.training = training
 
-    def _check(self) -> None:
-        """Refuse what would give another matrix without a word."""
+    def _check(self) -> int:
+        """Refuse what would give another matrix without a word; how many bytes the graph of the loss holds."""
         batch = self.batches[0]
         spy = _PaddingSpy()
         with self._as_it_was(), torch.enable_grad():  # one stream of random numbers: dropout draws anew
             with torch.no_grad():
                 first = self._substituted(self.params, lambda: self.evaluate(batch))[0].detach()
             leaves = self.leaves()
-            with spy:
+            held = _HeldBytes(leaves)
+            with spy, torch.autograd.graph.saved_tensors_hooks(held.pack, held.unpack):
                 loss, outputs = self._substituted(leaves, lambda: self.evaluate(batch))
         self.uses_padding_idx = spy.seen
         LossGraph(loss, leaves, outputs)  # a scalar that requires grad, or a clear error
@@ -176,6 +183,7 @@ class Snapshot:
                 "the loss reads a parameter by a reference of its own, past the model: read it as an attribute of "
                 "the model within the loss, so that it is taken at the θ of the observation"
             )
+        return held.total
 
 
 class _Frame(nn.Module):
@@ -190,6 +198,27 @@ class _Frame(nn.Module):
 
     def forward(self, run: Callable[[], T]) -> T:
         return run()
+
+
+class _HeldBytes:
+    """Counts what a graph keeps for its backward pass, every storage once and the parameters' never."""
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self.total = 0
+        self._seen = {p.untyped_storage().data_ptr() for p in params}
+
+    def pack(self, x: Tensor) -> Tensor:
+        """Count ``x``, and keep it as it is."""
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self.total += storage.nbytes()
+        return x
+
+    @staticmethod
+    def unpack(x: Tensor) -> Tensor:
+        """``x`` itself."""
+        return x
 
 
 class _PaddingSpy(TorchFunctionMode):

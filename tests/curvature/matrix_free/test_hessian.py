@@ -46,6 +46,32 @@ def test_graph_built_anew_for_every_product_gives_the_same() -> None:
     assert dense.relative_error(B.to_dense(), reference(case)) < 1e-12
 
 
+def test_graph_is_kept_by_default_where_it_holds_little_beside_the_parameters() -> None:
+    """64 parameters a unit and one activation, against the other way round."""
+    torch.manual_seed(0)
+    heavy, light = nn.Linear(64, 8).double(), nn.Linear(2, 1).double()
+    built: list[bool] = []
+    for model, rows, kept in ((heavy, 1, True), (light, 500, False)):
+        x = torch.randn(rows, model.in_features).double()
+        y = torch.randn(rows, model.out_features).double()
+
+        def loss_fn(z: Tensor, target: Tensor) -> Tensor:
+            built.append(True)
+            return (z.sin() - target).square().mean()
+
+        B = estimate(Hessian(), model, loss_fn, [(x, y)])
+        built.clear()
+        v = [torch.randn_like(p) for p in model.parameters()]
+        first, second = B.matvec(v), B.matvec(v)
+        assert len(built) == (1 if kept else 2)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_reuse_graph_must_be_a_bool_or_auto() -> None:
+    with pytest.raises(ValueError, match="reuse_graph must be True, False or \"auto\", got 'never'"):
+        Hessian(reuse_graph="never")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_split_with_uneven_last_part_equals_one_batch(mode: str) -> None:
     model, loss_fn, x, y = case = cases.classification()
