@@ -13,6 +13,7 @@ c is measured on the loss's own graph, and the measurement is checked by a secon
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from curvature.loss_graph import LossGraph
 from curvature.probes import generator, probe
+from curvature.sample_draws import normal, sample_numbers, uniform
 from curvature.vectors import compute_dtype
 
 Likelihood = Literal["categorical", "gaussian", "bernoulli"]
@@ -48,22 +50,31 @@ class OutputLikelihood:
     z: Tensor
     weights: Tensor
 
-    def draw(self, seed: int, index: int) -> Tensor:
-        """σ = √c s for labels drawn from the model's own likelihood: shaped like z, E[σ σᵀ] = H_z."""
-        g = generator(seed, index, self.z.device)
+    def draw(self, seed: int, index: int, first: int = 0) -> Tensor:
+        """σ = √c s for labels drawn from the model's own likelihood: shaped like z, E[σ σᵀ] = H_z.
+
+        Args:
+            seed: the user's seed.
+            index: which draw.
+            first: the number of z's first sample in the batch; a sample draws by its number, wherever it comes.
+        """
+        z = self.z
+        shape = z.shape if self.axis is None else z.movedim(self.axis, -1).shape[:-1]
+        samples = sample_numbers(first, shape[0] if shape else 1, z.device)
+        elements = math.prod(shape[1:])
         if self.likelihood == "gaussian":
-            score = torch.randn(self.z.shape, generator=g, device=self.z.device, dtype=self.z.dtype)
+            score = normal(seed, index, samples, elements, z.dtype).reshape(shape)
         elif self.likelihood == "bernoulli":
-            p = torch.sigmoid(self.z)
-            u = torch.rand(self.z.shape, generator=g, device=self.z.device, dtype=self.z.dtype)
-            score = p - (u < p).to(p.dtype)
+            p = torch.sigmoid(z)
+            score = p - (uniform(seed, index, samples, elements, z.dtype).reshape(shape) < p).to(p.dtype)
         else:
             assert self.axis is not None
-            p = torch.softmax(self.z, self.axis).movedim(self.axis, -1)
-            flat = p.reshape(-1, p.shape[-1])
-            labels = torch.multinomial(flat, 1, generator=g)
-            score = flat.scatter_add(1, labels, flat.new_full(labels.shape, -1.0)).reshape(p.shape)
-            score = score.movedim(-1, self.axis)
+            p = torch.softmax(z, self.axis).movedim(self.axis, -1)
+            total = p.cumsum(-1)
+            u = uniform(seed, index, samples, elements, z.dtype).reshape(*shape, 1)
+            # rounding may leave the last sum below 1: a class past the end is the last one
+            labels = torch.searchsorted(total, u * total[..., -1:]).clamp(max=p.shape[-1] - 1)
+            score = p.scatter_add(-1, labels, p.new_full(labels.shape, -1.0)).movedim(-1, self.axis)
         return score * self.weights.sqrt()
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from curvature.kronecker.output_curvature import MAX_CLASSES, OutputCurvature
 from curvature.loss_graph import LossGraph
-from curvature.probes import generator
+from curvature.sample_draws import sample_numbers, uniform
 
 FisherKind = Literal["type-2", "mc", "empirical", "forward-only"]
 FISHER_KINDS: tuple[FisherKind, ...] = ("type-2", "mc", "empirical", "forward-only")
@@ -50,6 +50,7 @@ def columns(
     seed: int,
     draw: int,
     own_weights: Tensor | None = None,
+    first: int = 0,
 ) -> Iterator[Column]:
     """The vectors V_k of one loss; each is one backward pass, without weight gradients.
 
@@ -59,8 +60,9 @@ def columns(
         found: its curvature at the outputs.
         samples: K, for ``"mc"``.
         seed: of labels and signs.
-        draw: the number of the first draw of this loss.
+        draw: the number of this step's first draw.
         own_weights: c of every sample, for ``"empirical"``, where the caller knows it.
+        first: the number of the loss's first sample in the step's batch.
 
     Raises:
         ValueError: where C is too large for a backward pass each.
@@ -70,13 +72,13 @@ def columns(
     if kind == "empirical":
         return _empirical(graph, found, own_weights)
     if kind == "mc":
-        return _sampled(graph, found, samples, seed, draw)
+        return _sampled(graph, found, samples, seed, draw, first)
     if found.z.shape[-1] > MAX_CLASSES:
         raise ValueError(
             f"fisher='type-2' sends back one vector a class, and there are {found.z.shape[-1]} classes (more than "
             f"{MAX_CLASSES}): use fisher='mc' with a few samples"
         )
-    return _factor_columns(graph, found, generator(seed, draw, found.z.device))
+    return _factor_columns(graph, found, seed, draw, first)
 
 
 def sample_weights(weights: Tensor) -> Tensor:
@@ -84,7 +86,9 @@ def sample_weights(weights: Tensor) -> Tensor:
     return weights.reshape(weights.shape[0], -1).sum(1) if weights.dim() else weights.reshape(1)
 
 
-def _factor_columns(graph: LossGraph, found: OutputCurvature, random: torch.Generator) -> Iterator[Column]:
+def _factor_columns(
+    graph: LossGraph, found: OutputCurvature, seed: int, draw: int, first: int
+) -> Iterator[Column]:
     """The columns of S_n. Positions of one sequence may meet in a layer, where their vectors must not interfere.
 
     Few positions are sent back one by one, which is exact. Many go together, each with a random sign: the cross
@@ -96,8 +100,9 @@ def _factor_columns(graph: LossGraph, found: OutputCurvature, random: torch.Gene
     root = _root(found)
     alone = positions > 1 and positions * C <= EXACT_COLUMNS
     if positions > 1 and not alone:
-        signs = torch.randint(0, 2, lead, generator=random, device=z.device, dtype=torch.int8).to(z.dtype)
-        root = root * (signs * 2 - 1).reshape(*lead, 1, 1)
+        numbers = sample_numbers(first, lead[0], z.device)
+        signs = uniform(seed, draw, numbers, positions, torch.float32).sub_(0.5).sign_()
+        root = root * signs.to(z.dtype).reshape(*lead, 1, 1)
     for k in range(C):
         column = root[..., k].expand(z.shape)
         if not alone:
@@ -136,12 +141,12 @@ def _root(found: OutputCurvature) -> Tensor:
 
 
 def _sampled(
-    graph: LossGraph, found: OutputCurvature, samples: int, seed: int, draw: int
+    graph: LossGraph, found: OutputCurvature, samples: int, seed: int, draw: int, first: int
 ) -> Iterator[Column]:
     """√(c_n/K) times the score of a label drawn from the model."""
     assert found.known is not None
     for k in range(samples):
-        sigma = found.known.draw(seed, draw + k) / math.sqrt(samples)
+        sigma = found.known.draw(seed, draw + k, first) / math.sqrt(samples)
         yield Column(sigma.to(graph.output.dtype))
 
 

@@ -41,16 +41,16 @@ def test_drawn_output_gradients_have_the_covariance_of_the_losses_curvature(name
     "name", ["cross entropy", "everything", "sequence", "padding mask", "regression", "binary"]
 )
 def test_sampled_fisher_approaches_gauss_newton(name: str) -> None:
-    # 1,000 draws, seed 0: each entry's relative standard error is at most about √(2/1000) = 4.5 %.
+    # 4,000 draws, seed 0: each entry's relative standard error is at most about √(2/4000) = 2.2 %.
     case = LOSSES[name]
     model = case.make()
     outputs = model(case.inputs)
     exact = dense.gauss_newton(
         case.loss_fn(outputs, case.target), output_tensor(outputs), dense.trainable(model)
     ).diagonal()
-    estimator = FisherDiagonal(case.likelihood, samples=1000)  # type: ignore[arg-type]
+    estimator = FisherDiagonal(case.likelihood, samples=4000)  # type: ignore[arg-type]
     found = dense.flat(estimate(estimator, model, case.loss_fn, [case.batch]).diagonal())
-    assert float(((found - exact).abs() / exact.clamp(min=1e-12)).max()) < 0.25
+    assert float(((found - exact).abs() / exact.clamp(min=1e-12)).max()) < 0.15
     assert float((found / exact.clamp(min=1e-12)).mean() - 1) == pytest.approx(0, abs=0.05)
 
 
