@@ -89,17 +89,22 @@ def soaa(
     scope: Literal["global", "tensor"] = "global",
     prediction: Literal["paper", "model"] = "paper",
     damping: float = 0.0,
+    interior: bool = True,
 ) -> TrustRegion:
-    """SOAA's box and its clipped ratio."""
+    """SOAA's box and its clipped ratio; without `interior` every step goes to the box's edge, as Adam's."""
     return TrustRegion(
-        region=RmsBox(eps=eps, scope=scope),
+        region=RmsBox(eps=eps, scope=scope, interior=interior),
         radius=SOAARadius(total_steps, gamma, beta, eps, scope, prediction),
         damping=damping,
     )
 
 
 def tadam(
-    total_steps: int | None = None, gamma: float = 0.25, beta: float = 0.9, eps: float = 1e-8, damping: float = 0.0
+    total_steps: int | None = None,
+    gamma: float = 0.25,
+    beta: float = 0.9,
+    eps: float = 1e-8,
+    damping: float = 0.0,
 ) -> TrustRegion:
     """Tadam's box and its ratio in three levels."""
     return TrustRegion(
@@ -173,11 +178,17 @@ def backtracking(radius: float = 0.01, damping: float = 1e-3, **policy: Any) -> 
 
 
 def trpo(
-    radius: float = 0.02, damping: float = 1e-3, max_iterations: int = 10, tolerance: float = 1e-10, **policy: Any
+    radius: float = 0.02,
+    damping: float = 1e-3,
+    max_iterations: int = 10,
+    tolerance: float = 1e-10,
+    **policy: Any,
 ) -> TrustRegion:
     """A KL ellipsoid reached by a few conjugate-gradient iterations, shortened after every refused trial."""
     return TrustRegion(
-        KLBall(), KLConjugateGradient(max_iterations, tolerance), Backtracking(radius=radius, damping=damping, **policy)
+        KLBall(),
+        KLConjugateGradient(max_iterations, tolerance),
+        Backtracking(radius=radius, damping=damping, **policy),
     )
 
 

@@ -219,8 +219,9 @@ def _print_outcome(outcome: Any) -> None:
 
 @app.command("list")
 def list_names() -> None:
-    """List workloads, optimizers, curvature and trust regions."""
+    """List workloads, configurations, optimizers, curvature and trust regions."""
     from optimizers.ablation import adapter, workload
+    from optimizers.ablation.config_file import studies
 
     table = Table(box=None, pad_edge=False)
     table.add_column("kind", style="dim")
@@ -228,6 +229,9 @@ def list_names() -> None:
     table.add_column("what it is", overflow="fold")
     for name in workload.names():
         table.add_row("workload", name, _escaped(workload.get(name).summary))
+    table.add_section()
+    for name, summary in studies().items():
+        table.add_row("configuration", name, _escaped(summary))
     for kind, names in sorted(adapter.available().items()):
         table.add_section()
         for name in names:

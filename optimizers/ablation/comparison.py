@@ -173,8 +173,8 @@ def references(rows: Sequence[Row], measure: str) -> list[str]:
     """Return what every cell is compared with: the cell that sets the target, and AdamW where that is another."""
     best = results.best(rows)
     _, whose = results.target(best, measure)
-    labels = [row.cell.label for row in best]
-    return list(dict.fromkeys(name for name in (whose, "torch-adamw") if name in labels))
+    adamw = [row.cell.label for row in best if row.cell.name == "torch-adamw" and not row.cell.replay]
+    return list(dict.fromkeys(name for name in (whose, *adamw[:1]) if name))
 
 
 def compare(rows: Sequence[Row], reference: str, measure: str) -> list[Comparison]:

@@ -116,7 +116,7 @@ def target(rows: Sequence[Row], measure: str) -> tuple[float, str]:
     finals = {
         row.cell.label: statistics.median(number(r["curve"].get(measure, [None])[-1]) for r in row.records)
         for row in rows
-        if baselines.is_first_order(row.cell.name)
+        if baselines.is_first_order(row.cell.name) and not row.cell.replay
     }
     if not finals:
         return math.nan, ""

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from optimizers.ablation import Ablation, AblationError, Cell, RunConfig, adapter, read_config
+from optimizers.ablation import Ablation, AblationError, Cell, RunConfig, adapter, read_config, read_study
 
 GOOD = """
 workload = "digits"
@@ -141,3 +143,111 @@ def test_a_cells_own_rate_is_the_one_that_runs() -> None:
     assert adapter.build(own.cell, model, own.learning_rate, 5).param_groups[0]["lr"] == 0.2
     with pytest.raises(AblationError, match=r"the cell sets lr=0.2, and the run 0.1: give one of them"):
         adapter.build(own.cell, model, 0.1, 5)
+
+
+YAML = """
+workload: digits
+optimizers: [torch-sgd]
+learning_rates: [1, 0.1]
+steps: 7
+cells:
+  - title: plain
+    optimizer: torch-sgd
+    options: {momentum: 0.0}
+  - title: other
+    optimizer: soaa
+"""
+
+
+def test_yaml_says_the_same_as_toml(tmp_path: Path) -> None:
+    toml = read_config(
+        _write(tmp_path, GOOD.replace('"torch-adamw:weight_decay=0.1"', "").replace("seeds = [3, 5]", ""))
+    )
+    path = tmp_path / "ablation.yaml"
+    path.write_text(YAML[: YAML.index("  - title: other")])
+    assert read_config(path) == toml
+
+
+@pytest.mark.parametrize(
+    ("line", "bad", "number", "words"),
+    [
+        ("steps: 7", "steps: seven", 5, ["steps", "whole number", "'seven'"]),
+        ("steps: 7", "stpes: 7", 5, ["stpes", "'steps'"]),
+        ("steps: 7", "steps: 0", 5, ["steps", ">= 1"]),
+        ("learning_rates: [1, 0.1]", "learning_rates: [1e-3]", 4, ["learning_rates", "written 1.0e-3"]),
+        ("    optimizer: soaa", "    optimiser: soaa", 11, ["optimiser", "'optimizer'"]),
+        ("steps: 7", "steps: [7", 6, ["not YAML"]),
+        ("workload: digits", "just text", 2, ["YAML"]),
+    ],
+)
+def test_bad_yaml_names_line_and_key(
+    tmp_path: Path, line: str, bad: str, number: int, words: list[str]
+) -> None:
+    assert line in YAML
+    path = tmp_path / "ablation.yml"
+    path.write_text(YAML.replace(line, bad))
+    with pytest.raises(AblationError) as caught:
+        read_config(path)
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+    assert re.search(rf"line ({number}|{number + 1})\b", message), message
+
+
+def test_yaml_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "ablation.yaml"
+    path.write_text("- a\n- b\n")
+    with pytest.raises(AblationError, match="must be a mapping"):
+        read_config(path)
+
+
+STUDY = """
+optimizers = ["torch-sgd"]
+steps = 7
+
+[[workloads]]
+workload = "digits"
+seeds = 2
+
+[[workloads]]
+workload = "fashion-mnist"
+steps = 9
+"""
+
+
+def test_a_study_has_an_ablation_for_each_workload(tmp_path: Path) -> None:
+    path = _write(tmp_path, STUDY)
+    found = read_study(path)
+    assert [(a.workload, a.steps, a.seeds) for a in found] == [("digits", 7, 2), ("fashion-mnist", 9, 3)]
+    assert read_study(path, {"workload": "fashion-mnist", "seeds": 1}) == (
+        Ablation(workload="fashion-mnist", optimizers=("torch-sgd",), steps=9, seeds=1),
+    )
+    assert read_config(path, {"workload": "character-gpt"}).steps == 7
+    with pytest.raises(AblationError, match="names 2 workloads"):
+        read_config(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "bad", "number", "words"),
+    [
+        ("steps = 9", "steps = 0", 11, ["steps", ">= 1"]),
+        ("steps = 9", "stps = 9", 11, ["stps", "'steps'"]),
+        ("steps = 7", "steps = 0", 3, ["steps", ">= 1"]),
+        ('workload = "fashion-mnist"', 'workload = "digits"', 10, ["has a table already"]),
+        ('workload = "fashion-mnist"', "seeds = 4", 10, ["names no workload"]),
+        ("seeds = 2", "cells = []", 7, ["cells"]),
+    ],
+)
+def test_bad_study_names_line_and_key(
+    tmp_path: Path, line: str, bad: str, number: int, words: list[str]
+) -> None:
+    assert line in STUDY
+    with pytest.raises(AblationError) as caught:
+        read_study(_write(tmp_path, STUDY.replace(line, bad)))
+    assert f"line {number}" in str(caught.value)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_ablation_survives_its_own_json(tmp_path: Path) -> None:
+    cells = (Cell("soaa", options=(("betas", (0.9, 0.99)),), title="x"), Cell("torch-adamw", replay="x"))
+    ablation = Ablation(cells=cells, tune=4, seeds=(3, 5), schedule="cosine")
+    assert Ablation.from_dict(json.loads(json.dumps(ablation.as_dict()))) == ablation
