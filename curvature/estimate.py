@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from curvature.loss_graph import refuse_other_paths
 from curvature.problem import Evaluation, Problem
 from curvature.protocols import CurvatureEstimator, CurvatureOperator, Needs, Observation, State, Statistics
 from curvature.side_effects import preserved
@@ -37,7 +38,8 @@ def estimate(
         B at the θ of this call; vectors follow ``model.parameters()`` that require grad, shared ones once.
 
     Raises:
-        ValueError: for no batches, a frozen model, or batches whose weights cannot be known.
+        ValueError: for no batches, a frozen model, batches whose weights cannot be known, or a loss that reaches the
+            parameters past the outputs where the curvature is taken at the outputs.
 
     >>> import torch
     >>> from curvature import HutchinsonDiagonal
@@ -80,8 +82,12 @@ def from_statistics(
     statistics: Statistics = {}
     gradient: list[Tensor] | None = None
     loss: Tensor | None = None
-    for evaluation in problem.evaluations():
+    for number, evaluation in enumerate(problem.evaluations()):
         share, graph = evaluation.share, evaluation.graph
+        if (
+            number == 0 and estimator.needs.outputs
+        ):  # its curvature is that of the loss as a function of the outputs
+            refuse_other_paths(graph, type(estimator).__name__)
         if wants_gradient:
             part = [share * g for g in graph.gradient()]
             gradient = part if gradient is None else [a.add_(g) for a, g in zip(gradient, part, strict=True)]

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from curvature import vectors
+
 
 class LossGraph:
     """One loss at one θ, while its graph lives.
@@ -207,6 +209,42 @@ def refuse_cut_graph(gradients: Sequence[Tensor]) -> None:
             if following is not None and following not in visited:
                 visited.add(following)
                 pending.append(following)
+
+
+def refuse_other_paths(graph: LossGraph, name: str = "Gauss-Newton") -> None:
+    """Raise where ∇f is not Jᵀ ∂f/∂z, so that curvature taken at the outputs would leave out a part of the loss.
+
+    Cost: a walk of the loss's own nodes; two backward passes only where it meets a parameter.
+    """
+    if not _passes(graph):
+        return
+    gradient, through = graph.gradient(), graph.vjp(graph.output_gradient().detach())
+    epsilon = max(torch.finfo(g.dtype).eps for g in gradient)
+    missing = vectors.norm(vectors.add(gradient, through, -1.0))
+    if bool(missing > epsilon**0.5 * vectors.norm(gradient)):
+        raise ValueError(
+            "the loss reaches the parameters by another way than the outputs (a penalty on weights, a second output), "
+            f"which {name} leaves out: give the loss without it, or use Hessian"
+        )
+
+
+def _passes(graph: LossGraph) -> bool:
+    """Whether some way from the loss to a leaf avoids z, or may be hidden in a node."""
+    z = graph.output
+    pending = [graph.loss.grad_fn]
+    visited = set(pending)
+    while pending:
+        node = pending.pop()
+        if node is None:
+            continue
+        if hasattr(node, "variable") or "CheckpointFunction" in node.name() or "CompiledFunction" in node.name():
+            return True
+        for following, number in node.next_functions:
+            at_output = following is z.grad_fn and number == z.output_nr
+            if not at_output and following not in visited:
+                visited.add(following)
+                pending.append(following)
+    return False
 
 
 @contextmanager

@@ -13,14 +13,17 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from curvature import vectors
 from curvature.estimate import add_statistics
 from curvature.kronecker import learning, measurement
+from curvature.kronecker.eigen import eigh_here
 from curvature.kronecker.estimator import KroneckerEstimator
 from curvature.kronecker.layout import Block, Layout
 from curvature.kronecker.learning import held
 from curvature.kronecker.operator import Eigenblock, KroneckerOperator
+from curvature.loss_graph import LossGraph, refuse_other_paths
 from curvature.problem import Problem
-from curvature.protocols import Observation, State, Statistics
+from curvature.protocols import TRANSIENT, Observation, State, Statistics
 from curvature.registry import estimators
 from curvature.running_mean import running_mean_
 
@@ -33,9 +36,10 @@ class EKFAC(KroneckerEstimator):
     diagonal is the best diagonal there is. Choose it over :class:`KFAC` where eigenbases are refreshed rarely: S
     follows at every measurement, for the cost of per-sample gradients in the basis.
 
-    In training, S starts as K-FAC's λ_G λ_Aᵀ (no basis is known when the first step is measured) and is a running
-    mean from the second measurement on; when a basis is refreshed, the block is carried over and its diagonal in the
-    new basis kept. :func:`curvature.estimate` goes over the batches twice, for the basis and then for S.
+    In training, the first step's loss is looked at twice, for the basis and then for S, as :func:`curvature.estimate`
+    goes over the batches twice; from then on S is a running mean. Where the first step has several micro-batches or
+    ranks, none of which knows the others' part of the basis, S starts as K-FAC's λ_G λ_Aᵀ. When a basis is refreshed,
+    the block is carried over and its diagonal in the new basis kept.
 
     Args: those of :class:`KFAC`, without ``damping_kind``: damping is exact, 1 / (S + λ).
 
@@ -63,17 +67,64 @@ class EKFAC(KroneckerEstimator):
     def estimate(self, problem: Problem) -> KroneckerOperator:
         """One shot over batches, which are gone over twice."""
         state = self.init(problem.params)
-        for _ in range(2):
+        for look in range(2):
             statistics: Statistics = {}
-            for evaluation in problem.evaluations():
+            for number, evaluation in enumerate(problem.evaluations()):
+                if look == number == 0:
+                    refuse_other_paths(evaluation.graph, type(self).__name__)
                 own = self._own_weights(problem, evaluation)
-                add_statistics(statistics, self._measure(state, evaluation.graph, own), evaluation.share)
-            if "moments" not in statistics:
+                add_statistics(statistics, self._look(state, evaluation.graph, own), evaluation.share)
+            if look == 0:
                 seen = Observation(problem.params, statistics=statistics, parameters=problem.params)
                 self.update(state, seen)
                 self._record_always()
-        state["moments"] = statistics["moments"]
+                state["draws"] = 0  # the labels of the first look again
+                if self.fisher == "forward-only" or not self._layout(problem.params).blocks:
+                    break
+        else:
+            state["moments"] = statistics["moments"]
         return self.operator(state)
+
+    def _measure(self, state: State, graph: LossGraph, own_weights: Tensor | None) -> Statistics:
+        """K-FAC's statistics and S; where a block has no basis yet, the loss is looked at twice."""
+        earlier = state.get(TRANSIENT, 0)  # the samples of earlier micro-batches, by which labels are drawn
+        statistics = self._look(state, graph, own_weights)
+        layout = self._layout(graph.params)
+        known = {b.root for b in self._known(state, layout)}
+        new = [b for b in layout.blocks if b.root not in known]
+        if not new or not statistics or self.fisher == "forward-only":
+            return statistics
+        trial = with_first_bases(state, statistics, new) | {TRANSIENT: earlier}
+        statistics["moments"] = self._look(trial, graph, own_weights)["moments"]
+        # S is worth nothing in another basis, so its basis travels with it: the mean over micro-batches and ranks is
+        # the block's first basis only where all of them had that one.
+        statistics["first_bases"] = [
+            p.new_zeros(0, dtype=vectors.compute_dtype(p.dtype)) for p in graph.params
+        ]
+        for block in new:
+            cast("list[Tensor]", statistics["first_bases"])[block.root] = packed_basis(trial, block)
+        return statistics
+
+    def _look(self, state: State, graph: LossGraph, own_weights: Tensor | None) -> Statistics:
+        return super()._measure(state, graph, own_weights)
+
+    def update(self, state: State, seen: Observation) -> None:
+        """K-FAC's update; a block's first S is the measured one if it was measured in the block's first basis."""
+        super().update(state, seen)
+        if "first_bases" not in seen.statistics:
+            return
+        layout = self._layout_of(state, seen)
+        bases = cast("list[Tensor]", seen.statistics["first_bases"])
+        measured = cast("list[Tensor]", seen.statistics["moments"])
+        live = {i for i, g in enumerate(seen.gradient) if g is not None}
+        for block in layout.blocks:
+            i = block.root
+            if not bases[i].numel() or not live.intersection(block.members):
+                continue
+            own = packed_basis(state, block)
+            mean = bases[i] / bases[i][-1]
+            if bool((mean - own).abs().max() <= 100 * torch.finfo(own.dtype).eps):
+                held(state, "moments")[i] = measured[i].clone()
 
     def _known(self, state: State, layout: Layout) -> list[Block]:
         """The blocks that have eigenbases."""
@@ -136,6 +187,26 @@ class EKFAC(KroneckerEstimator):
         g, a = held(state, "G_values")[block.root], held(state, "A_values")[block.root]
         Q_G, Q_A = learning.basis_of(state, block)
         return Eigenblock(block, held(state, "moments")[block.root].clone(), Q_G, Q_A, g, a)
+
+
+def with_first_bases(state: State, statistics: Statistics, blocks: Sequence[Block]) -> State:
+    """A state in which ``blocks`` have the eigenbases of these statistics; it shares all else with ``state``."""
+    trial = dict(state)
+    for key in ("count", "A", "G", "A_values", "G_values", "A_vectors", "G_vectors"):
+        trial[key] = list(held(state, key))
+    for block in blocks:
+        i = block.root
+        held(trial, "count")[i] = torch.ones_like(held(state, "count")[i])
+        held(trial, "A")[i] = learning.normalised(statistics, i)
+        held(trial, "G")[i] = cast("list[Tensor]", statistics["G"])[i]
+    learning.refresh_(trial, blocks, eigh_here)
+    return trial
+
+
+def packed_basis(state: State, block: Block) -> Tensor:
+    """[Q_G, Q_A, 1] in one vector."""
+    found = [Q.reshape(-1) for Q in learning.basis_of(state, block) if Q is not None]
+    return torch.cat([*found, found[0].new_ones(1)])
 
 
 estimators.add("ekfac", EKFAC)

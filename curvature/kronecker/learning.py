@@ -6,7 +6,7 @@ eigenvalues, refreshed every ``inverse_interval`` steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -16,6 +16,8 @@ from curvature.kronecker.eigen import eigh_many
 from curvature.kronecker.layout import Block, Layout
 from curvature.protocols import State
 from curvature.running_mean import running_mean_
+
+Decomposition = Callable[[Sequence[Tensor]], "list[tuple[Tensor, Tensor]]"]
 
 KEYS = ("A", "G", "A_vectors", "A_values", "G_vectors", "G_values", "diagonal")
 
@@ -49,10 +51,7 @@ def take_(
             continue
         if not seen_before[i]:
             new.add(i)
-        mass = observed["mass"][i]
-        safe = torch.where(mass > 0, mass, torch.ones_like(mass))
-        A = observed["A"][i] / safe.reshape(-1, *[1] * (observed["A"][i].dim() - 1))
-        means, values = [held(state, "A")[i]], [A]
+        means, values = [held(state, "A")[i]], [normalised(observed, i)]
         if observed["G"][i].numel():
             means.append(held(state, "G")[i])
             values.append(observed["G"][i])
@@ -64,6 +63,13 @@ def take_(
         [diagonal[i] for i in rest], [observed["diagonal"][i] for i in rest], [count[i] for i in rest], beta
     )
     return new
+
+
+def normalised(observed: Mapping[str, object], i: int) -> Tensor:
+    """A = Σ w a aᵀ / Σ w of the block with root ``i``."""
+    A, mass = (cast("Sequence[Tensor]", observed[key])[i] for key in ("A", "mass"))
+    safe = torch.where(mass > 0, mass, torch.ones_like(mass))
+    return A / safe.reshape(-1, *[1] * (A.dim() - 1))
 
 
 def turns(layout: Layout, interval: int) -> list[int]:
@@ -90,8 +96,14 @@ def due_blocks(layout: Layout, step: int, interval: int, new: set[int]) -> list[
     ]
 
 
-def refresh_(state: State, blocks: Sequence[Block]) -> None:
-    """New eigenbases for ``blocks``: new tensors, since an operator may still hold the old ones."""
+def refresh_(state: State, blocks: Sequence[Block], decompose: Decomposition = eigh_many) -> None:
+    """New eigenbases for ``blocks``: new tensors, since an operator may still hold the old ones.
+
+    Args:
+        state: changed in place.
+        blocks: those to refresh.
+        decompose: the eigendecompositions of many matrices.
+    """
     work: list[tuple[str, int]] = []
     for block in blocks:
         i = block.root
@@ -104,7 +116,7 @@ def refresh_(state: State, blocks: Sequence[Block]) -> None:
         else:  # G = I
             held(state, "G_values")[i] = torch.ones_like(held(state, "G_values")[i])
     for (key, i), (values, basis) in zip(
-        work, eigh_many([held(state, key)[i] for key, i in work]), strict=True
+        work, decompose([held(state, key)[i] for key, i in work]), strict=True
     ):
         held(state, f"{key}_values")[i] = values.contiguous()
         held(state, f"{key}_vectors")[i] = basis.contiguous()

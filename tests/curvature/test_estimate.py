@@ -11,8 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from curvature import (
+    EKFAC,
+    KFAC,
+    EmpiricalFisher,
     EmpiricalFisherDiagonal,
+    Fisher,
     FisherDiagonal,
+    GaussNewton,
     GaussNewtonDiagonal,
     HessianDiagonal,
     HutchinsonDiagonal,
@@ -173,3 +178,40 @@ def test_batch_fisher_is_the_square_of_the_whole_gradient() -> None:
     torch.testing.assert_close(
         dense.flat(estimate(EmpiricalFisherDiagonal(), model, case.loss_fn, parts).diagonal()), g**2
     )
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        GaussNewtonDiagonal,
+        lambda: FisherDiagonal("categorical"),
+        lambda: EmpiricalFisherDiagonal(samples="per_sample"),
+        GaussNewton,
+        lambda: Fisher("categorical"),
+        EmpiricalFisher,
+        KFAC,
+        EKFAC,
+    ],
+)
+@pytest.mark.parametrize("other", ["penalty", "second output"])
+def test_a_loss_that_passes_by_the_outputs_is_refused(estimator: Any, other: str) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head, self.side = nn.Linear(3, 4), nn.Linear(4, 3), nn.Linear(4, 1)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            h = torch.tanh(self.body(x))
+            return {"logits": self.head(h), "side": self.side(h)}
+
+    model = seeded(Two())
+
+    def loss_fn(outputs: dict[str, Tensor], target: Tensor) -> Tensor:
+        loss = F.cross_entropy(outputs["logits"], target)
+        if other == "penalty":
+            return loss + 0.1 * sum(p.square().sum() for p in model.parameters())
+        return loss + outputs["side"].square().mean()
+
+    made = estimator(model) if estimator in (KFAC, EKFAC) else estimator()
+    with pytest.raises(ValueError, match=r"another way than the outputs|weights of the samples"):
+        estimate(made, model, loss_fn, [(X, Y)])
