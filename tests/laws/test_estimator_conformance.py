@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from curvature import EmpiricalFisherDiagonal, HutchinsonDiagonal, Observation, testing
+from curvature import EmpiricalFisherDiagonal, HutchinsonDiagonal, LossGraph, Needs, Observation, testing
 from curvature.operators import DiagonalOperator
 from curvature.protocols import State
 from curvature.registry import estimators
@@ -227,6 +227,48 @@ class WritesGrad(Good):
         super().update(state, seen)
 
 
+@dataclass(frozen=True)
+class Hoarding(Good):
+    """Remembers every gradient in the state."""
+
+    def update(self, state: State, seen: Observation) -> None:
+        super().update(state, seen)
+        state[f"seen {len(state)}"] = torch.stack([g.sum() for g in seen.gradient if g is not None])
+
+
+@dataclass(frozen=True)
+class HoardingOutside(Good):
+    """Remembers every gradient outside of the state."""
+
+    seen: list[Tensor] = dataclasses.field(default_factory=list, compare=False)
+
+    def update(self, state: State, seen: Observation) -> None:
+        super().update(state, seen)
+        self.seen.extend(g.clone() for g in seen.gradient if g is not None)
+
+
+@dataclass(frozen=True)
+class Clinging(Good):
+    """Holds on to the graph of the last loss."""
+
+    held: list[Any] = dataclasses.field(default_factory=list, compare=False)
+
+    @property
+    def needs(self) -> Needs:
+        return Needs.GRAD | Needs.HVP
+
+    def measure(self, state: State, graph: LossGraph) -> dict[str, Any]:
+        self.held[:] = [graph]
+        return {}
+
+
+@dataclass(frozen=True)
+class LeavesHooks(Good):
+    def estimate(self, problem: Any) -> DiagonalOperator:
+        problem.model.register_forward_hook(lambda module, args, output: None)
+        return Good().estimate(problem)  # type: ignore[return-value]
+
+
 BROKEN: dict[str, tuple[Callable[..., Any], str]] = {
     "matvec scaled": (giving(Scaled), "matvec"),
     "not symmetric": (giving(Crooked), "matvec"),
@@ -244,6 +286,10 @@ BROKEN: dict[str, tuple[Callable[..., Any], str]] = {
     "a counter outside of the state": (Forgetful, "saving"),
     "reads memory order": (StoredOrder, "layouts"),
     "writes .grad": (WritesGrad, "side effects"),
+    "leaves hooks": (LeavesHooks, "side effects"),
+    "a state that grows": (Hoarding, "memory"),
+    "memory outside of the state": (HoardingOutside, "memory"),
+    "holds a graph": (Clinging, "graph"),
 }
 
 
