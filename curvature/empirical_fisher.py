@@ -19,7 +19,7 @@ from curvature.likelihood import Likelihood, check_likelihood, output_likelihood
 from curvature.loss_graph import LossGraph, refuse_other_paths
 from curvature.measured_weights import batch_size
 from curvature.operators import DiagonalOperator
-from curvature.per_sample import PerSample, independent_samples, recorder_for, refuse_coupled
+from curvature.per_sample import PerSample, first_sample_alone, recorder_for, refuse_coupled
 from curvature.protocols import CurvatureOperator, Estimator, Needs, Observation, State, Statistics
 from curvature.registry import estimators
 from curvature.running_mean import bias_corrected, check_beta
@@ -130,9 +130,9 @@ class EmpiricalFisherDiagonal(Estimator):
                 problem.loss_fn, seen.outputs, seen.target, problem.weight_fn, count
             )
             recorder.enabled = False
-            independent = independent_samples(problem.model, seen.inputs, seen.outputs, c.numel())
+            alone = first_sample_alone(problem.model, seen.inputs, seen.outputs, c.numel())
             recorder.enabled = True
-            samples = PerSample(seen.graph, problem.model, recorder, c.numel(), seen.graph.loss, independent)
+            samples = PerSample(seen.graph, problem.model, recorder, c.numel(), seen.graph.loss, alone)
             squares = samples.squares(reciprocal(c))
             total = accumulated(total, squares, float(seen.share))
         assert total is not None  # a problem has at least one batch of positive weight

@@ -101,11 +101,33 @@ class Trace:
         calls: every recorded call, by module name, in order.
         uses: for each parameter (by ``id``), what reads it, in order.
         opaque: names of nodes that hide what happens inside them (reentrant checkpoints, compiled graphs).
+        readers: for each node but the topmost, which nodes read which of its outputs.
     """
 
     calls: dict[str, list[Call]] = field(default_factory=dict)
     uses: dict[int, list[Use]] = field(default_factory=dict)
     opaque: list[str] = field(default_factory=list)
+    readers: dict[Node, list[tuple[Node, int]]] = field(default_factory=dict)
+
+    def broadcast(self, call: Call, count: int) -> GradientEdge | None:
+        """Where a call's output, one for all samples, is added to what has samples: there it has a gradient for each.
+
+        Args:
+            call: a recorded call.
+            count: N; the sum must have one axis more than the output, in front, of this length.
+
+        Returns:
+            the sum's edge; ``None`` where the output goes anywhere else.
+        """
+        readers = self.readers.get(call.edge.node, [])
+        if len(readers) != 1 or readers[0][0].name() != "AddBackward0":
+            return None
+        node = readers[0][0]
+        shapes = [tuple(given.shape) for given in node._input_metadata]
+        output = tuple(call.record.shape)
+        fits = shapes == [(count, *output)] or (output[:1] == (1,) and shapes == [(count, *output[1:])])
+        # x + α y: only with α = 1 is the gradient of either summand that of the sum
+        return GradientEdge(node, 0) if fits and node._saved_alpha == 1 else None  # type: ignore[attr-defined]
 
 
 class LayerHook:
@@ -188,7 +210,7 @@ class Recorder:
         if output.grad_fn is None:
             return found
         calls: list[tuple[int, Call]] = []
-        parents: dict[Node, list[tuple[Node, int]]] = {}
+        parents = found.readers
         leaves: dict[Node, int] = {}
         stack, seen = [output.grad_fn], {output.grad_fn}
         while stack:

@@ -12,7 +12,7 @@ in a layer that mixes samples' rows) takes one backward pass a sample, which is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,7 +61,7 @@ class PerSample:
         recorder: what recorded the model's layers during the forward pass.
         count: N; every recorded layer's rows are N equal runs, one a sample.
         of: the tensor whose gradients are taken: the loss, or the outputs.
-        independent: whether the samples are known not to feel each other (:func:`independent_samples`).
+        alone: what :func:`first_sample_alone` found; ``None`` where samples may feel each other.
 
     Cost: one backward pass without weight gradients, and the work of the weight gradients once more for their squares;
     one backward pass a sample for parameters that no rule covers.
@@ -72,26 +72,38 @@ class PerSample:
     recorder: Recorder
     count: int
     of: Tensor
-    independent: bool = False
+    alone: Mapping[str, Sequence[tuple[int, ...]]] | None = None
     covered: dict[int, list[Use]] = field(default_factory=dict)
     proven: bool = False
 
     def __post_init__(self) -> None:
         refuse_coupled(self.model)
         self.calls: list[Call] = []
+        self.split_for_sure: set[int] = set()
         self.found: Trace = self.recorder.trace(self.of)
         modules = dict(self.model.named_modules())
         position = {id(p): i for i, p in enumerate(self.graph.params)}
         for name, calls in self.found.calls.items():
+            alone = None if self.alone is None else self.alone.get(name)
+            if alone is None or len(alone) != len(calls):
+                alone = [()] * len(calls)
             names = {
                 k: position[id(p)]
                 for k, p in modules[name].named_parameters(recurse=False)
                 if id(p) in position
             }
-            for call in calls:
+            for call, shape in zip(calls, alone, strict=True):
                 if not names:
                     continue
-                use = Use.of(modules[name], call.record, len(self.calls), self.count)
+                grows = tuple(call.record.shape) == (*(self.count * n for n in shape[:1]), *shape[1:])
+                spread = self.found.broadcast(call, self.count) if self.count > 1 else None
+                if spread is None:
+                    use = Use.of(modules[name], call.record, len(self.calls), self.count)
+                else:
+                    call = Call(call.record, spread)
+                    use = Use.shared(modules[name], call.record, len(self.calls), self.count)
+                if spread is not None or (shape and grows):
+                    self.split_for_sure.add(use.index)
                 self.calls.append(call)
                 for key, i in names.items():
                     self.covered.setdefault(i, []).append(use.for_parameter(key))
@@ -218,24 +230,40 @@ class PerSample:
                 del self.covered[i]
 
     def _doubtful(self, use: Use) -> bool:
-        # Rows that are one a sample lie along dim 0, unless another axis is as long.
-        plain = use.inputs is not None and all(
-            x.shape[1] == 1 and self.count not in x.shape[2:3] for x in use.inputs
-        )
-        return not (self.independent and plain)
+        """Whether it is not known that run n of the rows along dim 0 is sample n's."""
+        if self.alone is None or use.index not in self.split_for_sure:
+            return True
+        # A run of one row cannot be in another order, unless another axis is as long.
+        return use.inputs is None or any(x.shape[1] != 1 or self.count in x.shape[2:3] for x in use.inputs)
 
     @staticmethod
     def _gradients_of(of: Tensor, edges: Sequence[GradientEdge], seed: Tensor) -> list[Tensor | None]:
         return list(torch.autograd.grad(of, edges, seed, retain_graph=True, allow_unused=True))
 
 
-def independent_samples(model: nn.Module, inputs: Any, outputs: Any, count: int) -> bool:
-    """Whether the first sample alone gives the outputs that it gives in the batch; False where that cannot be tried.
+def first_sample_alone(
+    model: nn.Module, inputs: Any, outputs: Any, count: int
+) -> dict[str, list[tuple[int, ...]]] | None:
+    """The shapes of every module's outputs where the first sample goes through the model alone, call by call.
+
+    A layer that sees one row a sample sees N times as many rows in the batch; one that sees the same for all samples
+    (an embedding of positions) does not, although its rows may happen to be N.
+
+    Returns:
+        ``None`` where the outputs are not those that the sample has in the batch, or where that cannot be tried.
 
     Cost: 1/N of a forward pass.
     """
-    if count == 1:
-        return True
+    shapes: dict[str, list[tuple[int, ...]]] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            first = next((x for x in leaves(output)), None)
+            shapes.setdefault(name, []).append(() if first is None else tuple(first.shape))
+
+        return hook
+
+    handles = [m.register_forward_hook(watch(name)) for name, m in model.named_modules() if m._parameters]
     try:
         with torch.no_grad():
             alone = list(leaves(model(rows(inputs, 0, count))))
@@ -246,8 +274,11 @@ def independent_samples(model: nn.Module, inputs: Any, outputs: Any, count: int)
             if a.is_floating_point() and a.numel()
         ]
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError):
-        return False
-    return bool(same) and all(same)
+        return None
+    finally:
+        for handle in handles:
+            handle.remove()
+    return shapes if same and all(same) else None
 
 
 def sample_rows(z: Tensor, count: int) -> list[slice]:

@@ -2,8 +2,8 @@
 
 Legend: a (N, r, …) a layer's input, r rows a sample; δ (N, r, …) the gradient of its output; u_n sample n's gradient of
 the layer's weight; r_n a weight a sample. For a linear layer with one row a sample, u_n = δ_n a_nᵀ and
-Σ_n r_n u_n² = (r δ²)ᵀ a²: no per-sample gradient is formed. Every other layer pulls δ_n back through its own forward
-function under ``torch.func.vmap``, in chunks of samples.
+Σ_n r_n u_n² = (r δ²)ᵀ a²: no per-sample gradient is formed. For sequences, embeddings and layer norms u_n is formed, in
+chunks of samples. Every other layer pulls δ_n back through its own forward function under ``torch.func.vmap``.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import dataclasses
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from curvature.layer_io import Record
 from curvature.probes import probe
@@ -53,6 +55,19 @@ class Use:
         if not record.inputs or any(len(s) == 0 or s[0] % count or s[0] == 0 for s in shapes):
             return cls(module, index, count, None)
         return cls(module, index, count, tuple(split(x, count) for x in record.inputs))
+
+    @classmethod
+    def shared(cls, module: nn.Module, record: Record, index: int, count: int) -> Use:
+        """The use of a call that is one for all samples, each of which has an output gradient of its own."""
+        try:
+            record.check_unchanged()
+        except RuntimeError:
+            return cls(module, index, count, None)
+        own = (
+            len(record.shape) > 0 and record.shape[0] == 1 and all(x.shape[:1] == (1,) for x in record.inputs)
+        )
+        rows = tuple((x if own else x.unsqueeze(0)).unsqueeze(0) for x in record.inputs)
+        return cls(module, index, count, tuple(x.expand(count, *x.shape[1:]) for x in rows))
 
     def for_parameter(self, key: str) -> Use:
         """The same call, as a use of the parameter ``key``."""
@@ -114,10 +129,10 @@ def squares_of_uses(
             u = own if u is None else u + own
         assert u is not None
         u = u.to(total.dtype)
-        total.add_(torch.einsum("n...,n->...", u * u, weights[part]))
         if reference is not None:
             sums.add_(u.sum(0))
-            power = power + (u * u).sum()
+            power = power + torch.linalg.vector_norm(u).square()
+        total.view(-1).addmv_(u.square_().reshape(len(u), -1).mT, weights[part])
     if reference is None or agree(sums, reference.to(total.dtype), power, deltas[0].dtype, parameter.dtype):
         return total
     return None
@@ -161,12 +176,21 @@ def agree(ours: Tensor, theirs: Tensor, power: Tensor, *dtypes: torch.dtype) -> 
 def pulled_back(use: Use, delta: Tensor, part: slice) -> Tensor:
     """u_n for the samples of ``part``, (n, …): the pull-back of the module's own forward function, sample by sample."""
     assert use.inputs is not None
-    a = use.inputs[0]
-    if type(use.module) is nn.Linear:
-        rows = delta[part].flatten(1, -2)
+    a, d = use.inputs[0][part], delta[part]
+    kind = type(use.module)
+    if kind is nn.Linear:
+        rows = d.flatten(1, -2)
         if use.key == "bias":
             return rows.sum(1)
-        return torch.einsum("nro,nri->noi", rows, a[part].flatten(1, -2))
+        return torch.bmm(rows.mT, a.flatten(1, -2).to(rows.dtype))
+    if kind is nn.Embedding and use.module.max_norm is None and not use.module.scale_grad_by_freq:
+        return token_sums(a.reshape(len(a), -1), d.reshape(len(a), -1, d.shape[-1]), use.module)
+    if kind is nn.LayerNorm:
+        shape = cast("tuple[int, ...]", use.module.normalized_shape)
+        d = d.reshape(a.shape)
+        if use.key == "weight":
+            d = d * functional.layer_norm(a, shape, eps=use.module.eps)
+        return d.reshape(len(a), -1, *shape).sum(1)
     parameter = use.module.get_parameter(use.key).detach()
 
     def one(inputs: tuple[Tensor, ...], d: Tensor) -> Tensor:
@@ -179,4 +203,14 @@ def pulled_back(use: Use, delta: Tensor, part: slice) -> Tensor:
 
     with warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")  # vmap warns where it loops
-        return torch.func.vmap(one, randomness="error")(tuple(x[part] for x in use.inputs), delta[part])
+        return torch.func.vmap(one, randomness="error")(tuple(x[part] for x in use.inputs), d)
+
+
+def token_sums(index: Tensor, d: Tensor, module: nn.Embedding) -> Tensor:
+    """u_n[v] = Σ_{r: token v} δ_nr, (n, V, D); a token that is padding has no gradient."""
+    count, size = index.shape[0], module.num_embeddings
+    if module.padding_idx is not None:
+        d = d * (index != module.padding_idx).unsqueeze(-1)
+    places = index.long() + size * torch.arange(count, device=index.device).unsqueeze(1)
+    u = d.new_zeros(count * size, d.shape[-1])
+    return u.index_add_(0, places.reshape(-1), d.reshape(-1, d.shape[-1])).reshape(count, size, -1)

@@ -58,7 +58,9 @@ def test_hessian_diagonal_is_exact(name: str) -> None:
     model = case.make()
     if name in NO_DOUBLE_BACKWARD:
         with sdpa_kernel(SDPBackend.MATH):
-            exact = dense.hessian(case.loss_fn(model(case.inputs), case.target), dense.trainable(model)).diagonal()
+            exact = dense.hessian(
+                case.loss_fn(model(case.inputs), case.target), dense.trainable(model)
+            ).diagonal()
             found = diagonal(HessianDiagonal(), case, model)
         torch.testing.assert_close(found, exact, rtol=1e-8, atol=1e-10)
         return
@@ -94,6 +96,52 @@ def test_per_sample_empirical_fisher_is_the_mean_square_of_own_gradients(name: s
     own = [case.loss_fn(model(case.inputs[n : n + 1]), rows(case.target, n, N)) for n in range(N)]
     exact = dense.empirical_fisher(own, [1 / N] * N, dense.trainable(model)).diagonal()
     torch.testing.assert_close(diagonal(EmpiricalFisherDiagonal(samples="per_sample"), case, model), exact)
+
+
+class WithPositions(nn.Module):
+    """Tokens and positions; what the positions' embedding gives is the same for every sample."""
+
+    def __init__(self, length: int, between: nn.Module, keep_batch_axis: bool) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(7, 4, padding_idx=2), nn.Embedding(length, 4)
+        self.between, self.norm, self.head = between, nn.LayerNorm(4), nn.Linear(4, 7)
+        self.keep_batch_axis = keep_batch_axis
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        index = torch.arange(tokens.shape[1])
+        index = index.unsqueeze(0) if self.keep_batch_axis else index
+        x: Tensor = self.tokens(tokens) + self.between(self.positions(index))
+        return self.head(self.norm(x).tanh())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("keep_batch_axis", [False, True])
+@pytest.mark.parametrize("between", [nn.Identity, lambda: nn.Linear(4, 4), lambda: Doubled()])
+@pytest.mark.parametrize(("samples", "length"), [(3, 5), (4, 4), (4, 8), (1, 3), (2, 6)])
+def test_per_sample_squares_of_positions_that_all_samples_share(
+    samples: int, length: int, between: Any, keep_batch_axis: bool
+) -> None:
+    """Also where there happen to be as many positions as samples, or a multiple of them."""
+    torch.manual_seed(0)
+    model = WithPositions(length, between(), keep_batch_axis).double()
+    x, y = torch.randint(0, 7, (2, samples, length))
+
+    def loss_fn(z: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(z.flatten(0, 1), target.flatten())
+
+    own = [loss_fn(model(x[n : n + 1]), y[n : n + 1]) for n in range(samples)]
+    exact = dense.empirical_fisher(own, [1 / samples] * samples, dense.trainable(model)).diagonal()
+    found = estimate(EmpiricalFisherDiagonal(samples="per_sample"), model, loss_fn, [(x, y)]).diagonal()
+    torch.testing.assert_close(dense.flat(found), exact, rtol=1e-9, atol=1e-14)
+    exact = dense.gauss_newton(loss_fn(z := model(x), y), z, dense.trainable(model)).diagonal()
+    found = estimate(GaussNewtonDiagonal(), model, loss_fn, [(x, y)]).diagonal()
+    torch.testing.assert_close(dense.flat(found), exact, rtol=1e-8, atol=1e-12)
+
+
+class Doubled(nn.Module):
+    """Gives its input's double, so that the sum's other summand is not the embedding itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x
 
 
 @pytest.mark.parametrize(
