@@ -16,6 +16,7 @@ from torch import Tensor
 
 from optimizers.elementwise import Formula, correction, predicted_parts, proposal_of
 from trust_region import Proposal
+from trust_region.rms_box import rank_one_scale
 
 BLOCK = 1 << 17
 """Elements a block: scratch of half a megabyte stays in the second-level cache, and calls are few."""
@@ -127,7 +128,8 @@ def step_(formula: Formula, x: Inputs, radius: float, policy: object) -> Proposa
     size = sum(p.numel() for p in x.params)
     scale = 1.0
     if formula.needs_sums:
-        scale = 1.0 + float(torch.stack(squares).sum() / (torch.stack(masses).sum() + formula.eps * size))
+        mass = torch.stack(masses).sum() + formula.eps * size
+        scale = float(rank_one_scale(torch.stack(squares).sum(), mass))
     return _move_(formula, x, blocks, m, v, c_1, c_2, scale, radius, policy)
 
 

@@ -76,6 +76,13 @@ def predicted_parts(
     return [eta * a - 0.5 * eta * eta * b for eta, a, b in rows]
 
 
+def quadratic_weight(policy: object, lr: Tensor, scale: Tensor | float) -> Tensor:
+    """q of the predicted reduction η⟨m̂,u⟩ - q⟨v̂,u²⟩ that :func:`predicted_parts` gives, for every η."""
+    if not isinstance(policy, SOAARadius):
+        return 0.5 * lr * lr
+    return 0.5 * lr if policy.prediction == "paper" else 0.5 * lr * lr * scale
+
+
 def proposal_of(parts: list[Tensor], squared_norm: Tensor, inside: Tensor, size: int) -> Proposal:
     """The record of a step that was taken without being written down."""
     fraction = inside / max(size, 1)

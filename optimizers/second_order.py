@@ -16,6 +16,9 @@ from curvature.loss_graph import LossGraph
 from curvature.protocols import TRANSIENT, CurvatureEstimator, Needs, Observation, State
 from optimizers import blocked, checkpoint, core, elementwise, state_layout, step_info, trial
 from optimizers.checks import check_group, check_unmoved, signal_names
+from optimizers.compiled.elementwise_path import ElementwisePath
+from optimizers.compiled.kernels import compiler_failures
+from optimizers.compiled.two_pass import Options, Tensors
 from optimizers.distributed import Ranks, check_shardable, find_ranks
 from optimizers.momentum import Momentum, RunningMean
 from optimizers.pending import Pending
@@ -40,8 +43,9 @@ class SecondOrder(torch.optim.Optimizer):
             :class:`optimizers.momentum.Momentum`; 0 keeps none.
         weight_decay: λ >= 0, decoupled: θ ← θ - ηλθ.
         maximize: climb in place of descending; for curvature that needs only gradients.
-        compile: ``"auto"`` or ``False``: foreach calls, and on a CPU block by block where the step is one formula an
-            element (SOAA, Adam, AdamW). ``True`` is refused: there is no compiled step yet.
+        compile: ``True`` takes the step in kernels by ``torch.compile``, ``"auto"`` does on an accelerator (and says so
+            once where no compiler works), ``False`` never. Without: foreach calls, and on a CPU block by block where
+            the step is one formula an element (SOAA, Adam, AdamW).
         process_group: the data-parallel ranks over which losses and statistics are averaged: ``"auto"`` is the default
             group where ``torch.distributed`` is initialised, ``None`` nobody. Sharded parameters know theirs.
 
@@ -79,10 +83,8 @@ class SecondOrder(torch.optim.Optimizer):
         self.curvature: CurvatureEstimator = Identity() if curvature is None else curvature
         self.trust_region = TrustRegion() if trust_region is None else trust_region
         self.momentum: Momentum = RunningMean(momentum) if isinstance(momentum, (int, float)) else momentum
-        if compile is True:
-            raise ValueError('there is no compiled step yet, got compile=True: leave it at "auto"')
-        if compile not in (False, "auto"):
-            raise ValueError(f'compile must be False or "auto", got {compile!r}')
+        if compile not in (True, False, "auto"):
+            raise ValueError(f'compile must be True, False or "auto", got {compile!r}')
         self.compile = compile
         self.process_group = process_group
         self.needs: Needs = self.curvature.needs | self.trust_region.needs
@@ -106,7 +108,19 @@ class SecondOrder(torch.optim.Optimizer):
         self._trial_needs_gradient = False
         self._backward_called = False
         self._warned_no_loss = False
-        self.step_info = StepInfo()
+        self._info = StepInfo()
+        self._path: ElementwisePath | None = None
+        self._path_refused = False
+
+    @property
+    def step_info(self) -> StepInfo:
+        """The record of the last step; asked for after a compiled step it costs one pass over the state."""
+        self._settle()
+        return self._info
+
+    @step_info.setter
+    def step_info(self, info: StepInfo) -> None:
+        self._info = info
 
     # -- parameters and state -------------------------------------------------------------------------------------
 
@@ -125,6 +139,8 @@ class SecondOrder(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its state is created at once, the state of the others is kept."""
         kept = len(self._params)
+        self._settle()
+        self._path, self._path_refused = None, False
         super().add_param_group(param_group)
         try:
             check_group(self.param_groups[-1], self.needs)
@@ -164,6 +180,7 @@ class SecondOrder(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """The three choices travel with the state, so that deepcopy and pickle keep them."""
+        self._settle()
         held: dict[str, Any] = super().__getstate__()
         for name in ("curvature", "trust_region", "momentum", "compile", "needs", "_built_for"):
             held[name] = getattr(self, name)
@@ -205,8 +222,14 @@ class SecondOrder(torch.optim.Optimizer):
         self.state.update(entries)
         self._regather()
         self._pending.discard()
+        self._path = None  # it worked on the state that has been replaced
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Groups and state, as every ``torch.optim`` optimizer gives them."""
+        self._settle()
+        return super().state_dict()
 
     def state_bytes(self) -> int:
         """Bytes that this optimizer keeps beside parameters and gradients."""
@@ -218,7 +241,7 @@ class SecondOrder(torch.optim.Optimizer):
         """Clear gradients, and what ``backward`` observed but no step used; inside a trial this does nothing."""
         if self._in_trial:
             return
-        self._pending.discard()
+        self._forget()
         super().zero_grad(set_to_none)
 
     def backward(
@@ -246,11 +269,12 @@ class SecondOrder(torch.optim.Optimizer):
                 loss.backward(retain_graph=retain_graph)
             return
         if self._pending.backwards and all(p.grad is None for p in self._params):
-            self._pending.discard()  # the gradients were cleared behind this optimizer's back: so are the observations
+            self._forget()  # the gradients were cleared behind this optimizer's back: so are the observations
         self._backward_called = True
         if self.needs.graph and self._due():
             graph = LossGraph(loss, self._params, outputs)
-            with torch.enable_grad():
+            ranks = find_ranks(self._params, self.process_group)
+            with torch.enable_grad(), ranks.dividing():
                 statistics = self.curvature.measure(self._curvature_state, graph)  # type: ignore[attr-defined]
             self._pending.add_statistics(statistics)
             if getattr(self.curvature, "keeps_graph", False):
@@ -262,6 +286,11 @@ class SecondOrder(torch.optim.Optimizer):
         scaled.backward(retain_graph=retain_graph)
         self._pending.add_loss(loss)
         self._pending.knows_scale = scaler is not None
+
+    def _forget(self) -> None:
+        """Drop what ``backward`` observed and no step used."""
+        self._pending.discard()
+        self._curvature_state.pop(TRANSIENT, None)
 
     def _due(self) -> bool:
         due = getattr(self.curvature, "due", None)
@@ -319,6 +348,9 @@ class SecondOrder(torch.optim.Optimizer):
         scale: GradScale,
     ) -> None:
         params = self._shards
+        if self._moved_compiled(loss, scale):
+            return
+        self._settle()
         gradient = scale.unscaled(self._gradient())
         if all(g is None for g in gradient):
             return
@@ -370,14 +402,86 @@ class SecondOrder(torch.optim.Optimizer):
         proposal = core.propose(composition, seen, self._curvature_state, self._region_state, averaged, lr)
         actual: Tensor | None = None
         verdict: Verdict | None
-        if self.needs.trial:
+        if self.needs.trial and self.trust_region.tries(self._region_state):
             verdict, actual = self._try(
                 cast("Callable[[], Any]", closure), proposal, gradient, loss, before, ranks
             )
         else:
             verdict = core.review(composition, self._region_state, proposal, loss)
+            if self.needs.trial:
+                self.trust_region.pass_over(self._region_state)
             self._apply(proposal.step, gradient)
         self._record(loss, proposal, verdict, actual)
+
+    def _compiles(self, device: torch.device) -> bool:
+        return self.compile is True or (self.compile == "auto" and device.type != "cpu")
+
+    def _moved_compiled(self, loss: Tensor | None, scale: GradScale) -> bool:
+        """Take the step in two compiled passes, where it is one formula an element and the tensors allow it."""
+        path = self._compiled_path()
+        if path is None:
+            return False
+        gradient = [p.grad for p in self._params]
+        if not path.takes(gradient):
+            return False
+        self._check_signals(loss)
+        groups = self.param_groups
+        options = Options(
+            [g["momentum"] for g in groups],
+            [g["lr"] for g in groups],
+            [g["weight_decay"] for g in groups],
+            [-1.0 if g["maximize"] else 1.0 for g in groups],
+            None if scale.scale is None else scale.scale.reciprocal(),
+        )
+        ranks = find_ranks(self._params, self.process_group)
+        skipped = self.state[self._params[0]]["skipped_steps"]
+        loss = loss if loss is None else loss.to(skipped.device, non_blocking=True)
+        try:
+            self._info = path.step_(
+                cast("list[Tensor]", gradient), options, loss, scale, ranks, self._region_state, skipped
+            )
+        except compiler_failures() as error:
+            if self.compile is True:
+                raise
+            self._path_refused = True
+            warnings.warn(f"steps are not compiled, since the compiler failed: {error}", stacklevel=5)
+            return False
+        return True
+
+    def _wants_compiled(self) -> bool:
+        return self.compile is True or (self.compile == "auto" and self._built_for[0][1].type != "cpu")
+
+    def _compiled_path(self) -> ElementwisePath | None:
+        """The compiled passes, built once for these parameters and this state."""
+        betas = [g["momentum"] for g in self.param_groups]
+        if not self._wants_compiled() or self._path_refused or any(b == 0.0 for b in betas):
+            return None
+        if self._path is None:
+            formula = elementwise.formula_of(self.curvature, self.trust_region, self.momentum)
+            if formula is None or find_ranks(self._params, None).shards is not None:
+                self._path_refused = True
+                return None
+            params = self._params
+            tensors = Tensors(
+                params,
+                self._momentum_buffers(self._per_parameter("momentum")),
+                cast("list[Tensor]", self._curvature_state["second_moment"]),
+                [self.state[p]["step"] for p in params],
+                cast("list[Tensor]", self._curvature_state["count"]),
+                [i for i, group in enumerate(self.param_groups) for _ in group["params"]],
+            )
+            kind = tensors.kind()
+            if kind is None:
+                self._path_refused = True
+                return None
+            self._path = ElementwisePath(formula, self.trust_region, tensors, kind)
+        return self._path
+
+    def _settle(self) -> None:
+        """Complete what the last compiled step left open."""
+        if self._path is not None:
+            with torch.no_grad():
+                self._path.settle()
 
     def _moved_elementwise(self, gradient: Sequence[Tensor | None], loss: Tensor | None) -> bool:
         """Take the step in place, block by block, where the composition and the tensors allow it."""

@@ -112,7 +112,9 @@ class RmsBox(Shape):
             found = solve_then_project(self, state, gradient, curvature, radius, damping, context)
             edge = self.steepest(state, gradient, curvature, radius, context)
             inside = [torch.count_nonzero(p.abs() < e.abs()) for p, e in zip(found.step, edge, strict=True)]
-            return replace(_solution(found.step, inside, found.diagnostics), curvature_step=found.curvature_step)
+            return replace(
+                _solution(found.step, inside, found.diagnostics), curvature_step=found.curvature_step
+            )
         scale = self.curvature_scale(gradient, moment)
         step, inside = [], []
         for g, h, v, d_i, scale_i in zip(gradient, curvature.diagonal(), moment, d, scale, strict=True):
@@ -132,8 +134,10 @@ class RmsBox(Shape):
         squares = vectors.dots(gradient, gradient)
         masses = vectors.completed([v.sum() + self.eps * v.numel() for v in moment])
         if self.scope == "tensor":  # a tensor without elements has mass 0
-            return [1.0 + a / torch.where(b > 0, b, 1.0) for a, b in zip(squares, masses, strict=True)]
-        return [1.0 + vectors.total(squares) / vectors.total(masses)] * len(moment)
+            return [
+                rank_one_scale(a, torch.where(b > 0, b, 1.0)) for a, b in zip(squares, masses, strict=True)
+            ]
+        return [rank_one_scale(vectors.total(squares), vectors.total(masses))] * len(moment)
 
     def project(
         self,
@@ -165,6 +169,11 @@ class RmsBox(Shape):
         moment = self.second_moment(state, curvature)
         d = list(radius) if isinstance(radius, (list, tuple)) else [cast(Tensor, radius)] * len(moment)
         return adam_step(gradient, moment, d, self.eps).step
+
+
+def rank_one_scale(square: Tensor, mass: Tensor) -> Tensor:
+    """1 + s, s = Σg²/Σ(v̂+ε); where both sums overflow s is unknown, and 0 keeps the step a number."""
+    return 1.0 + torch.nan_to_num(square / mass, nan=0.0, posinf=float("inf"))
 
 
 def adam_step(

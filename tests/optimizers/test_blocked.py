@@ -87,11 +87,6 @@ def test_a_parameter_without_gradient_takes_the_general_step() -> None:
     assert not torch.equal(model[0].weight, before.new_zeros(model[0].weight.shape))
 
 
-def test_a_compiled_step_is_refused_while_there_is_none() -> None:
-    with pytest.raises(ValueError, match="there is no compiled step yet"):
-        SOAA([torch.nn.Parameter(torch.ones(1))], compile=True)
-
-
 def test_parameters_without_elements_are_no_trouble() -> None:
     w = torch.nn.Parameter(torch.empty(0, dtype=torch.float64))
     optimizer = AdamW([w], lr=1e-2)

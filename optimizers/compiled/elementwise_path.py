@@ -1,0 +1,150 @@
+"""The compiled elementwise step as the optimizer takes it: signals in, state and record out, nothing read back.
+
+Legend: see ``optimizers.elementwise``; ℓ the loss, P the predicted reduction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from curvature.protocols import State
+from optimizers import step_info
+from optimizers.compiled.kernels import Kind
+from optimizers.compiled.two_pass import Options, Settled, Tensors, TwoPass, suits
+from optimizers.distributed import Ranks
+from optimizers.elementwise import Formula
+from optimizers.scaling import GradScale
+from optimizers.step_info import StepInfo
+from trust_region import Proposal, TrustRegion, Verdict
+
+
+@dataclass
+class Open:
+    """The last step, whose prediction is not settled yet.
+
+    Args:
+        region_state: where P is kept.
+        records: whether P is kept (a step with a finite gradient and loss), 0-d bool.
+        info: the record to complete.
+    """
+
+    region_state: State
+    records: Tensor
+    info: StepInfo
+
+
+class ElementwisePath:
+    """Takes the steps of one optimizer.
+
+    Args:
+        formula: the composition's constants.
+        trust_region: whose policy adapts the radius.
+        tensors: what it works on; another path is built where the state is replaced.
+        kind: of those.
+    """
+
+    def __init__(self, formula: Formula, trust_region: TrustRegion, tensors: Tensors, kind: Kind) -> None:
+        self.trust_region = trust_region
+        self.tensors, self.kind = tensors, kind
+        self.passes = TwoPass(formula, trust_region.radius)
+        self._open: Open | None = None
+
+    def takes(self, gradient: Sequence[Tensor | None]) -> bool:
+        """Whether a step with these gradients (``.grad`` as it is) is of this path's kind."""
+        return suits(gradient, self.kind)
+
+    def step_(
+        self,
+        gradient: Sequence[Tensor],
+        options: Options,
+        loss: Tensor | None,
+        scale: GradScale,
+        ranks: Ranks,
+        region_state: State,
+        skipped_steps: Tensor,
+    ) -> StepInfo:
+        """One step; a gradient that is not finite (on any rank) changes nothing but ``skipped_steps``."""
+        agreed = loss
+
+        def decide(finite: Tensor) -> Tensor:
+            nonlocal agreed
+            agreed, finite = ranks.agree(loss, scale.finite(finite))
+            return finite
+
+        radius = cast(Tensor, region_state["radius"])
+        settled = self.passes.step_(self.tensors, gradient, self.kind, options, radius, decide)
+        if settled is not None:
+            self._complete(settled)
+        finite = cast(Tensor, self.passes.taken and self.passes.taken.finite)
+        skipped_steps.add_(~finite)
+        verdict = self._reviewed(region_state, agreed, finite)
+        info = self._record(agreed, verdict, finite, region_state, skipped_steps)
+        records = finite if agreed is None else finite & torch.isfinite(agreed)
+        self._open = Open(region_state, records, info)
+        return info
+
+    def settle(self) -> None:
+        """Complete the last step's record, and the prediction that the policy will divide by."""
+        if self._open is not None:
+            settled = self.passes.settle(self.tensors, self.kind)
+            if settled is not None:
+                self._complete(settled)
+
+    def _complete(self, settled: Settled) -> None:
+        if self._open is None:
+            return
+        held, info = self._open.region_state.get("predicted"), self._open.info
+        if isinstance(
+            held, Tensor
+        ):  # a prediction that overflowed counts as none, as in the policy's own review
+            predicted = torch.nan_to_num(settled.predicted, nan=0.0, posinf=0.0, neginf=0.0)
+            held.copy_(torch.where(self._open.records, predicted, held))
+        info.predicted_reduction = settled.predicted
+        info.step_norm = settled.step_norm
+        info.fisher_active_fraction = settled.inside
+        self._open = None
+
+    def _reviewed(self, region_state: State, loss: Tensor | None, finite: Tensor) -> Verdict | None:
+        """The policy's word on the previous step; a skipped step leaves its state alone."""
+        if not self.trust_region.lagged:
+            return None
+        before = {k: v.clone() for k, v in region_state.items() if isinstance(v, Tensor)}
+        # This step's own prediction follows when it is settled; until then the previous one stays.
+        held = before.get("predicted", torch.zeros_like(finite, dtype=torch.float32))
+        unknown = torch.full_like(held, float("nan"))
+        proposal = Proposal(
+            [], predicted_reduction=held, step_norm=unknown, on_boundary=finite, predicted_parts=[]
+        )
+        verdict = self.trust_region.review(region_state, proposal, loss)
+        for key, old in before.items():
+            now = cast(Tensor, region_state[key])
+            now.copy_(torch.where(finite, now, old))
+        return verdict
+
+    def _record(
+        self,
+        loss: Tensor | None,
+        verdict: Verdict | None,
+        finite: Tensor,
+        region_state: State,
+        skipped_steps: Tensor,
+    ) -> StepInfo:
+        nan = torch.full((), float("nan"), device=finite.device)
+        actual = None if verdict is None else verdict.actual_reduction
+        return StepInfo(
+            loss=nan if loss is None else loss,
+            ratio=nan if verdict is None else torch.where(finite, verdict.ratio, nan),
+            radius=step_info.radius_of(region_state, nan),
+            damping=step_info.damping_of(region_state, nan),
+            predicted_reduction=nan,
+            actual_reduction=nan if actual is None else torch.where(finite, actual, nan),
+            accepted=finite,
+            step_norm=nan,
+            fisher_active_fraction=nan,
+            skipped_steps=skipped_steps.clone(),
+        )

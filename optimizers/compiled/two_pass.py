@@ -1,0 +1,321 @@
+"""The elementwise step in two compiled passes over memory, without a wait for the device.
+
+Legend: see ``optimizers.elementwise`` and :mod:`optimizers.compiled.kernels`.
+
+What a step predicted is a sum over its own result; formed in the step it would cost a third pass, or break the
+in-place one. The next step's first pass reads the same m and v before it changes them, so it forms that sum on its way
+(*settles* it), one step later and before anybody needs it: the policy compares losses only then. Who asks earlier
+(``step_info``, ``state_dict``) pays one pass over m and v.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from optimizers.compiled.kernels import COLUMNS, SUMS, Kernels, Kind, kernels_of
+from optimizers.compiled.rows import ALIGNMENT, Layout, Pool
+from optimizers.elementwise import Formula, quadratic_weight
+from trust_region.rms_box import rank_one_scale
+
+_INDEX = {name: i for i, name in enumerate(COLUMNS)}
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """What the step works on, in the order of the parameters.
+
+    Args:
+        params: θ.
+        mean: m.
+        second_moment: v.
+        steps: gradients that every m has taken in, 0-d each.
+        count: the same of v.
+        group: the parameter group of every tensor.
+    """
+
+    params: Sequence[Tensor]
+    mean: Sequence[Tensor]
+    second_moment: Sequence[Tensor]
+    steps: Sequence[Tensor]
+    count: Sequence[Tensor]
+    group: Sequence[int]
+
+    def kind(self) -> Kind | None:
+        """The one kind that all tensors are of, or ``None``; the gradient's dtype is the parameters'."""
+        first, state = self.params[0], self.mean[0].dtype
+        suited = all(
+            x.device == first.device and x.is_contiguous() and x.dtype == dtype
+            for tensors, dtype in (
+                (self.params, first.dtype),
+                (self.mean, state),
+                (self.second_moment, state),
+            )
+            for x in tensors
+        )
+        if not suited or not any(p.numel() for p in self.params):
+            return None
+        return Kind(first.device, first.dtype, first.dtype, state)
+
+    def pointers(self) -> list[int]:
+        """Where the parameters lie; a layout holds as long as they stay."""
+        return [p.data_ptr() for p in self.params]
+
+
+def suits(gradient: Sequence[Tensor | None], kind: Kind) -> bool:
+    """Whether every tensor has a gradient of that kind."""
+    return all(
+        g is not None
+        and g.layout is torch.strided
+        and g.dtype == kind.gradient
+        and g.device == kind.device
+        and g.is_contiguous()
+        for g in gradient
+    )
+
+
+@dataclass(frozen=True)
+class Options:
+    """The present hyperparameters, one entry a parameter group.
+
+    Args:
+        beta_1: decay of m.
+        lr: η.
+        weight_decay: λ.
+        sign: -1 where the loss is climbed.
+        unscale: 1/scale of a GradScaler, 0-d, or ``None``.
+    """
+
+    beta_1: Sequence[float]
+    lr: Sequence[float | Tensor]
+    weight_decay: Sequence[float]
+    sign: Sequence[float]
+    unscale: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A step that was taken and whose prediction is not settled.
+
+    Args:
+        table: its numbers, one row a tensor.
+        finite: whether it moved anything, 0-d bool.
+    """
+
+    table: Tensor
+    finite: Tensor
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What a step predicted: P, ‖ηu‖₂ and the fraction of elements inside the box, 0-d each; NaN for a skipped step."""
+
+    predicted: Tensor
+    step_norm: Tensor
+    inside: Tensor
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """A layout with the rows that do not move between steps."""
+
+    pointers: list[int]
+    kernels: Kernels
+    layout: Layout
+    group: Tensor
+    heads: tuple[list[Tensor], list[Tensor], list[Tensor]]
+    rests: tuple[list[Tensor], list[Tensor], list[Tensor]]
+    pools: tuple[Pool, Pool, Pool, Pool]
+
+    def gather(self, which: Sequence[int]) -> None:
+        for i in which:
+            self.pools[i].gather(self.rests[i])
+
+    def rows(self, i: int) -> list[Tensor]:
+        return [*self.heads[i], self.pools[i].rows]
+
+
+class TwoPass:
+    """Two compiled passes for a composition that is one formula an element.
+
+    Args:
+        formula: its constants.
+        policy: the radius policy, which decides what a prediction is.
+
+    Cost: 36 bytes a float32 parameter and step read or written (fused AdamW: 28), 20 without the first pass's need
+    of m and v; kernels compile once a process. Small tensors are copied into a pool, 4 to 16 kB each.
+    """
+
+    def __init__(self, formula: Formula, policy: object) -> None:
+        self.formula = formula
+        self.policy = policy
+        # A policy that divides by the prediction needs it every step; elsewhere it is formed when somebody asks.
+        self.observes = formula.needs_sums or bool(getattr(policy, "lagged", False))
+        self._bound: _Bound | None = None
+        self.taken: Taken | None = None
+        """The last step, until it is settled."""
+
+    def step_(
+        self,
+        x: Tensors,
+        gradient: Sequence[Tensor],
+        kind: Kind,
+        options: Options,
+        radius: Tensor,
+        decide: Callable[[Tensor], Tensor],
+    ) -> Settled | None:
+        """Update the state and move the parameters, in place.
+
+        Args:
+            x: the tensors.
+            gradient: ``.grad`` as it is: neither unscaled nor negated.
+            kind: of the tensors.
+            options: hyperparameters.
+            radius: d, 0-d.
+            decide: turns "my gradient is finite" into "the step is taken" (all ranks, a GradScaler); 0-d bools.
+
+        Returns:
+            what the previous step predicted, where that was still open and this pass formed it.
+        """
+        bound = self._bind(x, kind)
+        bound.kernels.prepare(
+            observe=self.observes
+        )  # a compiler that fails does so before anything has changed
+        counts = torch.stack([*x.steps, *x.count])
+        grads, table = self._gradient_rows(bound, gradient), self._table(bound, counts, options, kind.state)
+        table[:, _INDEX["radius"]] = radius
+        settled: Settled | None = None
+        scale: Tensor | float = 1.0
+        if self.observes:
+            previous = table if self.taken is None else self.taken.table
+            bound.gather((1, 2))
+            sums = self._sums(bound, grads, table, previous)
+            finite = decide(sums[SUMS.index("finite")] == 0.0)
+            size = sum(p.numel() for p in x.params)
+            if self.formula.needs_sums:
+                mass = sums[SUMS.index("moment")] + self.formula.eps * size
+                scale = rank_one_scale(sums[SUMS.index("mean_square")], mass)
+            if self.taken is not None:
+                settled = _settled(sums, self.taken, size)
+        else:
+            finite = decide(bound.kernels.all_finite(grads))
+            bound.gather((1, 2))
+        if self.formula.interior:
+            table[:, _INDEX["curvature"]] = radius * scale
+        lr = table[:, _INDEX["lr"]]
+        table[:, _INDEX["quadratic"]] = quadratic_weight(self.policy, lr, scale)
+        bound.gather((0,))
+        rows = [bound.rows(i) for i in range(3)]
+        bound.kernels.move_(rows[0], grads, rows[1], rows[2], bound.layout.of_rows(table), finite)
+        for i in range(3):
+            bound.pools[i].scatter(bound.rests[i])
+        # One sum over all counts: adding to so many 0-d tensors takes a CPU longer than a small model's step.
+        held = [*x.steps, *x.count]
+        torch._foreach_copy_(held, list((counts + finite).unbind()))
+        self.taken = Taken(table, finite)
+        return settled
+
+    def settle(self, x: Tensors, kind: Kind) -> Settled | None:
+        """What the last step predicted, if nobody has asked yet; the state must be as that step left it."""
+        if self.taken is None:
+            return None
+        taken, self.taken = self.taken, None
+        bound = self._bind(x, kind)
+        bound.gather((1, 2))
+        mean, moment = bound.rows(1), bound.rows(2)
+        tables = bound.layout.of_rows(taken.table)
+        stand_in = mean if kind.gradient == kind.state else [m.to(kind.gradient) for m in mean]
+        sums = bound.kernels.observe(stand_in, mean, moment, tables, tables)
+        return _settled(sums, taken, sum(p.numel() for p in x.params))
+
+    def _sums(self, bound: _Bound, grads: list[Tensor], table: Tensor, previous: Tensor) -> Tensor:
+        layout = bound.layout
+        return bound.kernels.observe(
+            grads, bound.rows(1), bound.rows(2), layout.of_rows(table), layout.of_rows(previous)
+        )
+
+    def _bind(self, x: Tensors, kind: Kind) -> _Bound:
+        pointers = x.pointers()
+        if self._bound is None or self._bound.pointers != pointers or self._bound.kernels.kind != kind:
+            lists = [[y.detach() for y in tensors] for tensors in (x.params, x.mean, x.second_moment)]
+            layout = Layout.of(*lists)
+            p, m, v = (layout.pool(tensors[0]) for tensors in lists)
+            g = layout.pool(torch.empty(0, dtype=kind.gradient, device=kind.device))
+            self._bound = _Bound(
+                pointers,
+                kernels_of(kind),
+                layout,
+                torch.tensor(x.group, device=kind.device),
+                cast(Any, tuple(layout.heads(tensors) for tensors in lists)),
+                cast(Any, tuple(layout.rests(tensors) for tensors in lists)),
+                (p, m, v, g),
+            )
+        return self._bound
+
+    def _gradient_rows(self, bound: _Bound, gradient: Sequence[Tensor]) -> list[Tensor]:
+        pool, layout = bound.pools[3], bound.layout
+        if bound.kernels.kind.device.type != "cpu":
+            gradient = [g if g.data_ptr() % ALIGNMENT == 0 else g.clone() for g in gradient]
+        pool.gather(layout.rests(gradient))
+        return [*layout.heads(gradient), pool.rows]
+
+    def _table(self, bound: _Bound, counts: Tensor, options: Options, dtype: torch.dtype) -> Tensor:
+        """The numbers of every tensor that are known before the sums.
+
+        Args:
+            bound: the layout.
+            counts: gradients taken in before this step by every m, then by every v.
+            options: hyperparameters of the groups.
+            dtype: of the state.
+        """
+        device, b_2, eps = counts.device, self.formula.beta_2, self.formula.eps
+        columns = zip(options.sign, options.beta_1, options.lr, options.weight_decay, strict=True)
+        # Where corrections and what is kept will stand, the logarithms and λ that they are formed from.
+        host = [
+            [s, 1.0 - b, b_2, 1.0 - b_2, _log(b), _log(b_2), 0.0, 0.0, eps, _number(eta), decay, 0.0]
+            for s, b, eta, decay in columns
+        ]
+        groups = _on_device(host, dtype, device)
+        for i, eta in enumerate(options.lr):
+            if isinstance(eta, Tensor):
+                groups[i, _INDEX["lr"]] = eta.to(device, dtype, non_blocking=True).reshape(())
+        if options.unscale is not None:
+            groups[:, _INDEX["gradient_scale"]] *= options.unscale.to(device, dtype)
+        groups[:, _INDEX["kept"]] = 1.0 - groups[:, _INDEX["lr"]] * groups[:, _INDEX["kept"]]
+        table = groups.index_select(0, bound.group)
+        corrections = table[:, _INDEX["mean_correction"] : _INDEX["moment_correction"] + 1]
+        seen = (counts + 1.0).to(dtype).view(2, -1).t()
+        corrections.copy_(-1.0 / torch.expm1(seen * corrections))
+        return table
+
+
+def _log(beta: float) -> float:
+    return math.log(beta) if beta > 0.0 else float("-inf")
+
+
+def _number(eta: float | Tensor) -> float:
+    return 0.0 if isinstance(eta, Tensor) else eta
+
+
+def _on_device(rows: list[list[float]], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``rows`` as a tensor, sent without a wait."""
+    table = torch.tensor(rows, dtype=dtype)
+    if device.type == "cpu":
+        return table
+    pinned = table.pin_memory() if torch.accelerator.is_available() else table
+    return pinned.to(device, non_blocking=True)
+
+
+def _settled(sums: Tensor, taken: Taken, size: int) -> Settled:
+    predicted, squares, inside = sums[SUMS.index("predicted") :].unbind()
+    nan = torch.full_like(predicted, float("nan"))
+    return Settled(
+        torch.where(taken.finite, predicted, nan),
+        torch.where(taken.finite, squares.sqrt(), nan),
+        torch.where(taken.finite, inside / size, nan),
+    )

@@ -1,0 +1,219 @@
+"""Cost of an optimizer's step alone, each figure a ratio to PyTorch's fused AdamW in the same run.
+
+Run: ``python -m tests.benchmarks.steps --json docs/results/step_cost/cpu.json``. Repetitions of all contenders are
+interleaved, so that a change of the machine's load meets all of them alike; medians, with the quartiles of the ratio.
+On an accelerator times are its own events, and the time of copying 28 bytes a parameter stands beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from optimizers import SOAA, AdamW
+from tests.benchmarks.handwritten import HandwrittenSOAA
+
+Step = Callable[[], Any]
+
+
+def gpt_shapes(layers: int, width: int, vocabulary: int, context: int) -> list[tuple[int, ...]]:
+    """The tensors of a GPT-2 of that size, in its order."""
+    d = width
+    block = [
+        (d,),
+        (d,),
+        (3 * d, d),
+        (3 * d,),
+        (d, d),
+        (d,),
+        (d,),
+        (d,),
+        (4 * d, d),
+        (4 * d,),
+        (d, 4 * d),
+        (d,),
+    ]
+    return [(vocabulary, d), (context, d), *(shape for _ in range(layers) for shape in block), (d,), (d,)]
+
+
+MODELS: dict[str, list[tuple[int, ...]]] = {
+    "mlp-1.3M": [(1000, 784), (1000,), (500, 1000), (500,), (100, 500), (100,), (10, 100), (10,)],
+    "gpt-0.8M": gpt_shapes(4, 128, 96, 64),
+    "gpt2-12.7M": gpt_shapes(6, 384, 5000, 256),
+    "gpt2-124M": gpt_shapes(12, 768, 50257, 1024),
+    "flat-50M": [(50_000_000,)],
+    **{f"flat-{n}M": [(n * 1_000_000,)] for n in (1, 3, 10, 30, 100)},
+}
+"""Shapes of the tensors of each model."""
+
+
+def parameters(shapes: list[tuple[int, ...]], device: torch.device) -> list[nn.Parameter]:
+    """Parameters with gradients, alike in every call."""
+    generator = torch.Generator(device).manual_seed(0)
+    made = []
+    for shape in shapes:
+        p = nn.Parameter(torch.empty(shape, device=device).normal_(0.0, 0.02, generator=generator))
+        p.grad = torch.empty_like(p).normal_(0.0, 1e-3, generator=generator)
+        made.append(p)
+    return made
+
+
+def contenders(
+    shapes: list[tuple[int, ...]], device: torch.device, names: list[str]
+) -> Iterator[tuple[str, Step]]:
+    """Steps of what is compared, each on parameters of its own."""
+    loss = torch.tensor(1.0, device=device)
+
+    def own() -> list[nn.Parameter]:
+        return parameters(shapes, device)
+
+    def with_loss(optimizer: Any) -> Step:
+        return lambda: optimizer.step(loss=loss)
+
+    made: dict[str, Callable[[], Step]] = {
+        "torch AdamW fused": lambda: torch.optim.AdamW(own(), lr=1e-4, fused=True).step,
+        "torch AdamW foreach": lambda: torch.optim.AdamW(own(), lr=1e-4, foreach=True).step,
+        "torch AdamW compiled": lambda: torch.compile(
+            torch.optim.AdamW(
+                own(), lr=torch.tensor(1e-4, device=device), foreach=True, capturable=device.type != "cpu"
+            ).step
+        ),
+        "SOAA compiled": lambda: with_loss(SOAA(own(), lr=1e-4, total_steps=1000, compile=True)),
+        "SOAA eager": lambda: with_loss(SOAA(own(), lr=1e-4, total_steps=1000, compile=False)),
+        "SOAA handwritten": lambda: with_loss(HandwrittenSOAA(own(), lr=1e-4, total_steps=1000)),
+        "AdamW composed, compiled": lambda: with_loss(AdamW(own(), lr=1e-4, compile=True)),
+        "AdamW composed, eager": lambda: with_loss(AdamW(own(), lr=1e-4, compile=False)),
+    }
+    if importlib.util.find_spec("heavyball") is not None:
+        heavyball = importlib.import_module("heavyball")
+
+        made["heavyball AdamW"] = lambda: heavyball.ForeachAdamW(own(), lr=1e-4).step
+    if importlib.util.find_spec("pytorch_optimizer") is not None:
+        pytorch_optimizer = importlib.import_module("pytorch_optimizer")
+
+        made["pytorch-optimizer AdaBelief"] = lambda: pytorch_optimizer.AdaBelief(own(), lr=1e-4).step
+    for name, make in made.items():
+        if not names or name in names:
+            yield name, make()
+
+
+def seconds(step: Step, device: torch.device) -> float:
+    """Time of one step: the device's own where it has a clock."""
+    if device.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+    began = time.perf_counter()
+    step()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - began
+
+
+def measure(model: str, device: torch.device, names: list[str], limit: float) -> dict[str, Any]:
+    """Cold first steps, and the median step of every contender.
+
+    Args:
+        model: of :data:`MODELS`.
+        device: where.
+        names: of the contenders; all where empty. The first is what the others are divided by.
+        limit: seconds for the repetitions of all.
+    """
+    steps, cold = {}, {}
+    for name, step in contenders(MODELS[model], device, names):
+        cold[name] = seconds(step, device)
+        step()
+        steps[name] = step
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    began = time.perf_counter()
+    while time.perf_counter() - began < limit or len(next(iter(times.values()))) < 5:
+        for name, step in steps.items():
+            times[name].append(seconds(step, device))
+    first = next(iter(times))
+    size = sum(torch.Size(s).numel() for s in MODELS[model])
+    rows = {}
+    for name, taken in times.items():
+        ratios = sorted(t / base for t, base in zip(taken, times[first], strict=True))
+        quarter = len(ratios) // 4
+        rows[name] = {
+            "milliseconds": statistics.median(taken) * 1e3,
+            "ratio": statistics.median(taken) / statistics.median(times[first]),
+            "ratio_quartiles": [ratios[quarter], ratios[-quarter - 1]],
+            "first_step_seconds": cold[name],
+            "repetitions": len(taken),
+        }
+    return {
+        "parameters": size,
+        "tensors": len(MODELS[model]),
+        "contenders": rows,
+        "copy": copy_time(size, device),
+    }
+
+
+def copy_time(size: int, device: torch.device) -> float:
+    """Milliseconds of moving 28 bytes a parameter: what a fused AdamW reads and writes."""
+    source = torch.empty(size * 14 // 4, device=device).normal_()
+    target = torch.empty_like(source)
+    return statistics.median(seconds(lambda: target.copy_(source), device) for _ in range(5)) * 1e3
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    lines = [
+        "| model | optimizer | ms | ratio | quartiles | first step, s |",
+        "| --- | --- | ---: | ---: | --- | ---: |",
+    ]
+    for model, found in results.items():
+        for name, row in found["contenders"].items():
+            low, high = row["ratio_quartiles"]
+            lines.append(
+                f"| {model} | {name} | {row['milliseconds']:.2f} | {row['ratio']:.2f} | {low:.2f} to {high:.2f} | "
+                f"{row['first_step_seconds']:.1f} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["mlp-1.3M", "gpt-0.8M", "gpt2-12.7M"])
+    parser.add_argument("--only", nargs="+", default=[], help="contenders; the first is the unit")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of repetitions a model")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, help="file to add the results to")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    device = torch.device(given.device)
+    results = {model: measure(model, device, given.only, given.seconds) for model in given.models}
+    print(table(results))
+    if given.json:
+        given.json.parent.mkdir(parents=True, exist_ok=True)
+        held = json.loads(given.json.read_text()) if given.json.exists() else {}
+        held.setdefault("models", {}).update(results)
+        held["machine"] = {
+            "torch": torch.__version__,
+            "threads": given.threads,
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
+        }
+        given.json.write_text(json.dumps(held, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
