@@ -105,8 +105,8 @@ class ElementwisePath:
             predicted = torch.nan_to_num(settled.predicted, nan=0.0, posinf=0.0, neginf=0.0)
             held.copy_(torch.where(self._open.records, predicted, held))
         info.predicted_reduction = settled.predicted
-        info.step_norm = settled.step_norm
-        info.fisher_active_fraction = settled.inside
+        if settled.step_norm is not None and settled.inside is not None:
+            info.step_norm, info.fisher_active_fraction = settled.step_norm, settled.inside
         self._open = None
 
     def _reviewed(self, region_state: State, loss: Tensor | None, finite: Tensor) -> Verdict | None:

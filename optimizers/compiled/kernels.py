@@ -47,9 +47,15 @@ COLUMNS = (
 STILL = (0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0)
 """A row with which nothing changes."""
 
-SUMS = ("mean_square", "moment", "finite", "predicted", "step_square", "inside")
-"""Rows of what :func:`observe` returns: Σm̂², Σv̂, 0 or NaN, and of the previous step P, ‖ηu‖² and the elements that the
-first branch decided."""
+INPUTS = ("mean_kept", "mean_gain", "curvature", "eps")
+"""Columns of what :func:`observe` is given a row: 1 - w and w·(gradient_scale) of the new m, then the *previous* step's
+κ and ε′ (see :func:`_direction`)."""
+
+SUMS = ("mean_square", "moment", "gradient_square", "finite", "linear", "quadratic")
+"""Rows of what :func:`observe` returns: Σm², Σv (the old one), Σg², 0 or NaN, and of the previous step Σmw and Σvw²."""
+
+PREDICTED = ("linear", "quadratic", "square", "inside")
+"""Rows of what :func:`predict` returns: Σmw, Σvw², Σw² and the elements that the first branch decided."""
 
 (_G, _W1, _B2, _W2, _C1, _C2, _D, _K, _EPS, _LR, _KEPT, _Q) = range(len(COLUMNS))
 
@@ -79,12 +85,22 @@ def _step(m: Tensor, v: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor, 
     return mean, moment, u, largest > rms
 
 
+def _direction(m: Tensor, v: Tensor, curvature: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """w = m / (max(κv, √v) + ε′), of which u is a multiple; and both sides of the maximum.
+
+    With c₁ and c₂ the bias corrections, κ = d(1+s)/√c₂, ε′ = ε√c₂ and u = (d√c₂/c₁) w. Numbers that are the same for a
+    whole row are multiplied in after the sum, since arithmetic is what this pass costs.
+    """
+    rms = v.sqrt()
+    largest = torch.maximum(v * curvature, rms)
+    return m / (largest + eps), largest, rms
+
+
 def observe(
     g: Sequence[Tensor],
     m: Sequence[Tensor],
     v: Sequence[Tensor],
-    tables: Sequence[Tensor],
-    previous: Sequence[Tensor],
+    inputs: Sequence[Tensor],
 ) -> list[Tensor]:
     """:data:`SUMS` of every row, (sums, rows) a leaf.
 
@@ -92,28 +108,25 @@ def observe(
         g: gradients.
         m: means before this step.
         v: second moments before this step.
-        tables: this step's numbers, d and what depends on it not yet known.
-        previous: the previous step's numbers.
+        inputs: :data:`INPUTS` of every row.
     """
     found = []
-    for g_i, m_i, v_i, new, old in zip(g, m, v, tables, previous, strict=True):
-        mean, moment, u, inside = _step(m_i, v_i, old)
-        moved = u * _column(old, _LR)
-        g_i, m_new, v_new = _moments(g_i, m_i, v_i, new)
-        new_mean = m_new * _column(new, _C1)
-        # Every number of the table is multiplied in before the sum: each sum is then written where it is returned.
-        found.append(
-            torch.stack(
-                [
-                    (new_mean * new_mean).sum(1),
-                    (v_new * _column(new, _C2)).sum(1),
-                    (g_i * 0.0).sum(1),
-                    (mean * moved - moment * u * u * _column(old, _Q)).sum(1),
-                    (moved * moved).sum(1),
-                    inside.to(v_i.dtype).sum(1),
-                ]
-            )
-        )
+    for g_i, m_i, v_i, x in zip(g, m, v, inputs, strict=True):
+        w, _, _ = _direction(m_i, v_i, _column(x, 2), _column(x, 3))
+        g_i = g_i.to(v_i.dtype)
+        m_new = m_i * _column(x, 0) + g_i * _column(x, 1)
+        parts = (m_new * m_new, v_i, g_i * g_i, g_i * 0.0, m_i * w, v_i * (w * w))
+        found.append(torch.stack([part.sum(1) for part in parts]))
+    return found
+
+
+def predict(m: Sequence[Tensor], v: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """:data:`PREDICTED` of every row, (sums, rows) a leaf; m and v as the step left them."""
+    found = []
+    for m_i, v_i, x in zip(m, v, inputs, strict=True):
+        w, largest, rms = _direction(m_i, v_i, _column(x, 2), _column(x, 3))
+        parts = (m_i * w, v_i * (w * w), w * w, (largest > rms).to(v_i.dtype))
+        found.append(torch.stack([part.sum(1) for part in parts]))
     return found
 
 
@@ -173,77 +186,43 @@ class Kernels:
 
         self._p, self._g = leaves(WIDTH, kind.param), leaves(WIDTH, kind.gradient)
         self._m, self._v = leaves(WIDTH, kind.state), leaves(WIDTH, kind.state)
-        self._table, self._previous = leaves(len(COLUMNS), kind.state), leaves(len(COLUMNS), kind.state)
-        for table in (*self._table, *self._previous):  # filling stays as it is, whatever the number of steps
+        self._table, self._inputs = leaves(len(COLUMNS), kind.state), leaves(len(INPUTS), kind.state)
+        for table in self._table:  # filling stays as it is, whatever the number of steps
             table.copy_(table.new_tensor(STILL))
-        self._finite = torch.ones((), dtype=torch.bool, device=kind.device)
-        self._observe, self._all_zero, self._move = compiled(observe), compiled(all_zero), compiled(move_)
+        yes = torch.ones((), dtype=torch.bool, device=kind.device)
+        self._passes: dict[str, tuple[Callable[..., Any], list[list[Tensor]], list[Any]]] = {
+            "observe": (compiled(observe), [self._g, self._m, self._v, self._inputs], []),
+            "predict": (compiled(predict), [self._m, self._v, self._inputs], []),
+            "all_zero": (compiled(all_zero), [self._g], []),
+            "move_": (compiled(move_), [self._p, self._g, self._m, self._v, self._table], [yes]),
+        }
         self._ready: set[str] = set()
 
-    def prepare(self, observe: bool) -> None:
-        """Compile what a step calls, on tensors of its own.
+    def prepare(self, *names: str) -> None:
+        """Compile passes, on tensors of their own: a compiler that fails does so before anything has changed."""
+        for name in names:
+            if name not in self._ready:
+                function, spare, rest = self._passes[name]
+                function(*spare, *rest)
+                self._ready.add(name)
+
+    def run(self, name: str, lists: list[list[Tensor]], *rest: Any) -> list[Tensor]:
+        """A pass over all rows: :func:`observe`, :func:`predict`, :func:`all_zero` or :func:`move_`.
 
         Args:
-            observe: the pass of sums, or only the test for a gradient that is not finite.
+            name: of the pass.
+            lists: its arguments, a tensor a leaf.
+            rest: its further arguments.
+
+        Returns:
+            what it returns of every leaf.
         """
-        self._once("observe" if observe else "all_zero")
-        self._once("move")
-
-    def _once(self, name: str) -> None:
-        if name in self._ready:
-            return
-        if name == "observe":
-            self._observe(*self._spare_for_observe)
-        elif name == "all_zero":
-            self._all_zero(self._g)
-        else:
-            self._move(*self._spare_for_move, self._finite)
-        self._ready.add(name)
-
-    @property
-    def _spare_for_observe(self) -> list[list[Tensor]]:
-        return [self._g, self._m, self._v, self._table, self._previous]
-
-    @property
-    def _spare_for_move(self) -> list[list[Tensor]]:
-        return [self._p, self._g, self._m, self._v, self._table]
-
-    def observe(
-        self,
-        g: list[Tensor],
-        m: list[Tensor],
-        v: list[Tensor],
-        tables: list[Tensor],
-        previous: list[Tensor],
-    ) -> Tensor:
-        """:data:`SUMS` over all rows."""
-        self._once("observe")
+        self.prepare(name)
+        function, spare, _ = self._passes[name]
         found: list[Tensor] = []
-        for count, chunk in chunks([g, m, v, tables, previous], self._spare_for_observe):
-            found += self._observe(*chunk)[:count]
-        return torch.cat(found, 1).sum(1)
-
-    def all_finite(self, g: list[Tensor]) -> Tensor:
-        """Whether every element of g is finite."""
-        self._once("all_zero")
-        found: list[Tensor] = []
-        for count, chunk in chunks([g], [self._g]):
-            found += self._all_zero(*chunk)[:count]
-        return torch.cat(found).sum() == 0.0
-
-    def move_(
-        self,
-        p: list[Tensor],
-        g: list[Tensor],
-        m: list[Tensor],
-        v: list[Tensor],
-        tables: list[Tensor],
-        finite: Tensor,
-    ) -> None:
-        """:func:`move_` over all rows."""
-        self._once("move")
-        for _, chunk in chunks([p, g, m, v, tables], self._spare_for_move):
-            self._move(*chunk, finite)
+        for count, chunk in chunks(lists, spare):
+            found += (function(*chunk, *rest) or [])[:count]
+        return found
 
 
 def chunks(lists: list[list[Tensor]], fill: list[list[Tensor]]) -> list[tuple[int, list[list[Tensor]]]]:

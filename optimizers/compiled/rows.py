@@ -101,6 +101,10 @@ class Layout:
         """Rows of ``table`` (one a tensor) given out to every row: one matrix a leaf, and the pool's."""
         return list(table.index_select(0, self.owner).split(self.split))
 
+    def weighted(self, sums: Tensor, weights: Tensor) -> Tensor:
+        """Σ over rows of (sums, rows) ``sums``, each row weighted by its tensor's (tensors, sums) ``weights``."""
+        return (sums * weights.index_select(0, self.owner).t()).sum(1)
+
 
 @dataclass(frozen=True)
 class Pool:

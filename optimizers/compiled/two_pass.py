@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from optimizers.compiled.kernels import COLUMNS, SUMS, Kernels, Kind, kernels_of
+from optimizers.compiled.kernels import COLUMNS, Kernels, Kind, kernels_of
 from optimizers.compiled.rows import ALIGNMENT, Layout, Pool
 from optimizers.elementwise import Formula, quadratic_weight
 from trust_region.rms_box import rank_one_scale
@@ -113,11 +113,17 @@ class Taken:
 
 @dataclass(frozen=True)
 class Settled:
-    """What a step predicted: P, ‖ηu‖₂ and the fraction of elements inside the box, 0-d each; NaN for a skipped step."""
+    """What a step predicted, 0-d each; NaN for a skipped step.
+
+    Args:
+        predicted: P.
+        step_norm: ‖ηu‖₂, ``None`` where only P was formed.
+        inside: the fraction of elements inside the box, likewise.
+    """
 
     predicted: Tensor
-    step_norm: Tensor
-    inside: Tensor
+    step_norm: Tensor | None = None
+    inside: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -183,35 +189,30 @@ class TwoPass:
             what the previous step predicted, where that was still open and this pass formed it.
         """
         bound = self._bind(x, kind)
-        bound.kernels.prepare(
-            observe=self.observes
-        )  # a compiler that fails does so before anything has changed
+        bound.kernels.prepare("observe" if self.observes else "all_zero", "move_")
         counts = torch.stack([*x.steps, *x.count])
         grads, table = self._gradient_rows(bound, gradient), self._table(bound, counts, options, kind.state)
         table[:, _INDEX["radius"]] = radius
         settled: Settled | None = None
         scale: Tensor | float = 1.0
+        bound.gather((1, 2))
         if self.observes:
-            previous = table if self.taken is None else self.taken.table
-            bound.gather((1, 2))
-            sums = self._sums(bound, grads, table, previous)
-            finite = decide(sums[SUMS.index("finite")] == 0.0)
-            size = sum(p.numel() for p in x.params)
+            sums = self._sums(bound, grads, table)
+            finite = decide(sums["finite"] == 0.0)
             if self.formula.needs_sums:
-                mass = sums[SUMS.index("moment")] + self.formula.eps * size
-                scale = rank_one_scale(sums[SUMS.index("mean_square")], mass)
+                size = sum(p.numel() for p in x.params)
+                scale = rank_one_scale(sums["mean_square"], sums["moment"] + self.formula.eps * size)
             if self.taken is not None:
-                settled = _settled(sums, self.taken, size)
+                settled = Settled(_known(sums["predicted"], self.taken))
         else:
-            finite = decide(bound.kernels.all_finite(grads))
-            bound.gather((1, 2))
+            finite = decide(torch.cat(bound.kernels.run("all_zero", [grads])).sum() == 0.0)
         if self.formula.interior:
             table[:, _INDEX["curvature"]] = radius * scale
         lr = table[:, _INDEX["lr"]]
         table[:, _INDEX["quadratic"]] = quadratic_weight(self.policy, lr, scale)
         bound.gather((0,))
         rows = [bound.rows(i) for i in range(3)]
-        bound.kernels.move_(rows[0], grads, rows[1], rows[2], bound.layout.of_rows(table), finite)
+        bound.kernels.run("move_", [rows[0], grads, rows[1], rows[2], bound.layout.of_rows(table)], finite)
         for i in range(3):
             bound.pools[i].scatter(bound.rests[i])
         # One sum over all counts: adding to so many 0-d tensors takes a CPU longer than a small model's step.
@@ -227,17 +228,41 @@ class TwoPass:
         taken, self.taken = self.taken, None
         bound = self._bind(x, kind)
         bound.gather((1, 2))
-        mean, moment = bound.rows(1), bound.rows(2)
-        tables = bound.layout.of_rows(taken.table)
-        stand_in = mean if kind.gradient == kind.state else [m.to(kind.gradient) for m in mean]
-        sums = bound.kernels.observe(stand_in, mean, moment, tables, tables)
-        return _settled(sums, taken, sum(p.numel() for p in x.params))
-
-    def _sums(self, bound: _Bound, grads: list[Tensor], table: Tensor, previous: Tensor) -> Tensor:
-        layout = bound.layout
-        return bound.kernels.observe(
-            grads, bound.rows(1), bound.rows(2), layout.of_rows(table), layout.of_rows(previous)
+        step = _Direction.of(taken.table)
+        inputs = bound.layout.of_rows(step.inputs(taken.table))
+        found = torch.cat(bound.kernels.run("predict", [bound.rows(1), bound.rows(2), inputs]), 1)
+        weights = torch.stack([*step.prediction, step.square, torch.ones_like(step.square)], 1)
+        linear, quadratic, square, inside = bound.layout.weighted(found, weights).unbind()
+        size = sum(p.numel() for p in x.params)
+        return Settled(
+            _known(linear + quadratic, taken), _known(square.sqrt(), taken), _known(inside / size, taken)
         )
+
+    def _sums(self, bound: _Bound, grads: list[Tensor], table: Tensor) -> dict[str, Tensor]:
+        """What the first pass finds: Σm̂² and Σv̂ of the new m and v, 0 or NaN, and the previous step's P."""
+        step = _Direction.of(table if self.taken is None else self.taken.table)
+        layout, columns = bound.layout, table.t()
+        rows = layout.of_rows(step.inputs(table))
+        found = torch.cat(bound.kernels.run("observe", [grads, bound.rows(1), bound.rows(2), rows]), 1)
+        c_1, c_2 = columns[_INDEX["mean_correction"]], columns[_INDEX["moment_correction"]]
+        gain = columns[_INDEX["gradient_scale"]].square() * columns[_INDEX["moment_weight"]]
+        weights = torch.stack(
+            [
+                c_1 * c_1,
+                c_2 * columns[_INDEX["moment_decay"]],
+                c_2 * gain,
+                torch.ones_like(c_1),
+                *step.prediction,
+            ],
+            1,
+        )
+        squares, kept, gained, finite, linear, quadratic = layout.weighted(found, weights).unbind()
+        return {
+            "mean_square": squares,
+            "moment": kept + gained,
+            "finite": finite,
+            "predicted": linear + quadratic,
+        }
 
     def _bind(self, x: Tensors, kind: Kind) -> _Bound:
         pointers = x.pointers()
@@ -311,11 +336,39 @@ def _on_device(rows: list[list[float]], dtype: torch.dtype, device: torch.device
     return pinned.to(device, non_blocking=True)
 
 
-def _settled(sums: Tensor, taken: Taken, size: int) -> Settled:
-    predicted, squares, inside = sums[SUMS.index("predicted") :].unbind()
-    nan = torch.full_like(predicted, float("nan"))
-    return Settled(
-        torch.where(taken.finite, predicted, nan),
-        torch.where(taken.finite, squares.sqrt(), nan),
-        torch.where(taken.finite, inside / size, nan),
-    )
+def _known(x: Tensor, taken: Taken) -> Tensor:
+    return torch.where(taken.finite, x, float("nan"))
+
+
+@dataclass(frozen=True)
+class _Direction:
+    """What turns the sums over w = m / (max(κv, √v) + ε′) into those over the step u, one number a tensor.
+
+    Args:
+        curvature: κ.
+        eps: ε′.
+        prediction: of Σmw and Σvw² in P = η⟨m̂,u⟩ - q⟨v̂,u²⟩.
+        square: of Σw² in ‖ηu‖².
+    """
+
+    curvature: Tensor
+    eps: Tensor
+    prediction: tuple[Tensor, Tensor]
+    square: Tensor
+
+    @classmethod
+    def of(cls, table: Tensor) -> _Direction:
+        """Of the step with these numbers."""
+        x = dict(zip(COLUMNS, table.unbind(1), strict=True))
+        c_1, c_2 = x["mean_correction"], x["moment_correction"]
+        root = c_2.sqrt()
+        ratio = x["radius"] * c_1 / root  # u = ratio w
+        moved = x["lr"] * ratio
+        prediction = (moved * c_1, -x["quadratic"] * c_2 * ratio * ratio)
+        return cls(x["curvature"] * root, x["eps"] / root, prediction, moved * moved)
+
+    def inputs(self, table: Tensor) -> Tensor:
+        """:data:`INPUTS` of every tensor: the new means by ``table``, the direction by this."""
+        weight = table[:, _INDEX["mean_weight"]]
+        gain = weight * table[:, _INDEX["gradient_scale"]]
+        return torch.stack([1.0 - weight, gain, self.curvature, self.eps], 1)

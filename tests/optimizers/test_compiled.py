@@ -333,7 +333,7 @@ def test_no_graph_break_and_no_recompilation_over_200_steps_of_one_cycle() -> No
 
 def test_two_graphs_whatever_the_number_of_tensors_and_their_shapes() -> None:
     kind = kernels.Kind(torch.device("cpu"), torch.float32, torch.float32, torch.float32)
-    kernels.kernels_of(kind).prepare(observe=True)
+    kernels.kernels_of(kind).prepare("observe", "move_")
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for shapes in ([(3,)], [(300, 70), (5,)], [(20_000 + 7 * i,) for i in range(11)]):
         params = [nn.Parameter(torch.randn(s)) for s in shapes]
@@ -343,7 +343,7 @@ def test_two_graphs_whatever_the_number_of_tensors_and_their_shapes() -> None:
         optimizer.step(loss=torch.tensor(1.0))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
     fresh = kernels.Kernels(kind)
-    fresh.prepare(observe=True)
+    fresh.prepare("observe", "move_")
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 2
 
 
