@@ -39,10 +39,11 @@ from curvature.side_effects import coupled_by_batch_norm
 
 @dataclass
 class _Live:
-    """What an estimator holds beside its hyperparameters: the hooks in its model, and its last layout."""
+    """What an estimator holds beside its hyperparameters: the hooks in its model, its last layout and likelihood."""
 
     recorder: Recorder | None = None
     layout: Layout | None = None
+    proven: Likelihood | None = None
     said: set[str] = field(default_factory=set)
 
 
@@ -205,7 +206,7 @@ class KroneckerEstimator(Estimator):
         A, mass = cast("list[Tensor]", statistics["A"]), cast("list[Tensor]", statistics["mass"])
         for calls in used:
             i = calls.block.root
-            A[i], mass[i] = measurement.input_statistics(calls, found, self.sharing, A[i])
+            measurement.add_inputs_(A[i], mass[i], calls, found, self.sharing)
         diagonal = cast("list[Tensor]", statistics["diagonal"])
         into = self._accumulators(state, layout, statistics)
         scaled = {i for s in scales for _, i in s.layer.parameters}
@@ -237,7 +238,11 @@ class KroneckerEstimator(Estimator):
 
     def _output_curvature(self, graph: LossGraph) -> OutputCurvature:
         needed = self.fisher in ("mc", "empirical")
-        return output_curvature(graph, self.likelihood if needed else None, blocks=not needed)
+        found = output_curvature(
+            graph, self.likelihood if needed else None, blocks=not needed, proven=self._live.proven
+        )
+        self._live.proven = None if found.known is None else found.known.likelihood
+        return found
 
     # -- learning --------------------------------------------------------------------------------------------
 

@@ -77,35 +77,31 @@ def samples_of(lead: Sequence[int], weights: Tensor, where: str) -> int:
     )
 
 
-def input_factor(
-    rows: Sequence[Tensor], weights: Sequence[Tensor], with_weight: bool, with_bias: bool
-) -> Tensor:
-    """Σ w [a; 1][a; 1]ᵀ over the rows of all calls, (groups, size_in, size_in).
+def input_factor_(
+    into: Tensor, rows: Sequence[Tensor], weights: Sequence[Tensor], with_weight: bool, with_bias: bool
+) -> None:
+    """A += Σ w [a; 1][a; 1]ᵀ over the rows of all calls, in place.
 
     Args:
+        into: A, (groups, size_in, size_in).
         rows: a of every call, (groups, M, d_in).
         weights: w of every call, (M,).
         with_weight: whether a takes part; without it only the 1 of the bias is left.
         with_bias: whether the 1 takes part.
     """
-    total: Tensor | None = None
     for a, w in zip(rows, weights, strict=True):
         if not with_weight:
-            part = w.sum().expand(a.shape[0], 1, 1).clone()
-        else:
-            a = a.to(torch.promote_types(a.dtype, torch.float32))
-            weighted = a * w.unsqueeze(-1)
-            if with_bias:
-                d = a.shape[-1]
-                part = a.new_empty(a.shape[0], d + 1, d + 1)
-                part[:, :d, :d] = weighted.mT @ a
-                part[:, :d, d] = part[:, d, :d] = weighted.sum(1)
-                part[:, d, d] = w.sum()
-            else:
-                part = weighted.mT @ a
-        total = part if total is None else total.add_(part)
-    assert total is not None
-    return total
+            into.add_(w.sum())
+            continue
+        a = a.to(into.dtype)
+        weighted = a * w.unsqueeze(-1)
+        d = a.shape[-1]
+        add_gram_(into[:, :d, :d], weighted, a)
+        if with_bias:
+            column = weighted.sum(1)
+            into[:, :d, d] += column
+            into[:, d, :d] += column
+            into[:, d, d] += w.sum()
 
 
 def token_factor(indices: Sequence[Tensor], weights: Sequence[Tensor], size: int) -> Tensor:
@@ -142,7 +138,36 @@ def reduce_gradients(rows: Sequence[Tensor], samples: int) -> Tensor:
 def gradient_factor_(into: Tensor, rows: Tensor) -> Tensor:
     """G += Σ g gᵀ over (groups, M, d_out) rows, in place."""
     rows = rows.to(into.dtype)
-    if into.shape[0] == 1:  # one matrix: the plain product is faster than a batch of one
-        into[0].addmm_(rows[0].mT, rows[0])
-        return into
-    return into.baddbmm_(rows.mT, rows)
+    add_gram_(into, rows, rows)
+    return into
+
+
+#: A symmetric product of at least twice this size is formed in panels of at least this size.
+PANEL = 128
+
+
+def add_gram_(into: Tensor, left: Tensor, right: Tensor) -> None:
+    """S += Lᵀ R for L = W R with W diagonal, so that the product is symmetric: only one triangle of panels is computed.
+
+    Args:
+        into: S, symmetric, (groups, d, d); it may be a part of a larger matrix.
+        left: L, (groups, M, d).
+        right: R, (groups, M, d).
+
+    Cost: a little more than half of the full product, which is what a BLAS would save by ``syrk``.
+    """
+    d = into.shape[-1]
+    if into.shape[0] != 1:
+        into.add_(left.mT @ right) if not into.is_contiguous() else into.baddbmm_(left.mT, right)
+        return
+    S, L, R = into[0], left[0], right[0]
+    panels = min(4, d // PANEL)
+    if panels < 2:  # one matrix: the plain product is faster than a batch of one
+        S.addmm_(L.mT, R)
+        return
+    width = -(-d // panels)
+    for start in range(0, d, width):
+        stop = min(start + width, d)
+        S[start:stop, start:].addmm_(L[:, start:stop].mT, R[:, start:])
+        if stop < d:
+            S[stop:, start:stop] = S[start:stop, stop:].mT

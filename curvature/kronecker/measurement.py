@@ -122,26 +122,22 @@ def block_calls(
     return found
 
 
-def input_statistics(
-    used: BlockCalls, found: OutputCurvature, sharing: Sharing, like: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Σ w a aᵀ, (groups, size_in, size_in) or its diagonal, and Σ w, (groups,).
+def add_inputs_(A: Tensor, mass: Tensor, used: BlockCalls, found: OutputCurvature, sharing: Sharing) -> None:
+    """A += Σ w a aᵀ and mass += Σ w, in place.
 
     Args:
+        A: (groups, size_in, size_in), or its diagonal.
+        mass: (groups,).
         used: the calls of one block.
         found: the weights of the outputs' positions.
         sharing: how positions become rows.
-        like: gives dtype and device.
     """
     block = used.block
-    groups, size = block.dims.groups, block.size_in
-    A = like.new_zeros((groups, size) if block.diagonal_input else (groups, size, size))
-    mass = like.new_zeros(groups)
     rows, weights = [], []
     for call in used.calls:
         a = block.rule.input_rows(call.module, call.inputs)
         lead = positions(a.shape[1:] if block.diagonal_input else a.shape[1:-1])
-        w = factors.row_weights(found.weights, lead, repr(call.name)).to(like.dtype)
+        w = factors.row_weights(found.weights, lead, repr(call.name)).to(A.dtype)
         if not block.diagonal_input:
             a = a.reshape(a.shape[0], math.prod(lead), a.shape[-1])
             if sharing == "reduce":
@@ -152,14 +148,14 @@ def input_statistics(
         at = used.calls[members[0]].at
         some, masses = [rows[k] for k in members], [weights[k] for k in members]
         if block.diagonal_input:
-            A[at] += factors.token_factor(some, masses, size)
+            A[at] += factors.token_factor(some, masses, block.size_in)
         else:
             if sharing == "reduce":
                 means, c = factors.reduce_inputs(some, masses, factors.sample_count(found.weights))
                 some, masses = [means], [c]
-            A[at] += factors.input_factor(some, masses, block.weight is not None, block.bias is not None)
+            with_weight, with_bias = block.weight is not None, block.bias is not None
+            factors.input_factor_(A[at], some, masses, with_weight, with_bias)
         mass[at] += torch.stack([x.sum() for x in masses]).sum()
-    return A, mass
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ over positions is answered by its blocks, C products with H_z, verified on one m
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -97,7 +98,12 @@ def layout_of(z: Tensor, axis: int | None) -> OutputLayout:
 
 
 def output_curvature(
-    graph: LossGraph, likelihood: Likelihood | None, *, blocks: bool, verify: bool = True
+    graph: LossGraph,
+    likelihood: Likelihood | None,
+    *,
+    blocks: bool,
+    verify: bool = True,
+    proven: Likelihood | None = None,
 ) -> OutputCurvature:
     """Measure the positions' weights and curvature on a living graph.
 
@@ -106,6 +112,7 @@ def output_curvature(
         likelihood: the only one to accept; ``None`` finds one.
         blocks: whether a loss of no known likelihood may be answered by its blocks.
         verify: whether a likelihood is also proven by a third derivative.
+        proven: what an earlier loss of this run was found and proven to be.
 
     Raises:
         ValueError: for a loss that couples positions, or that has no known likelihood where one is needed.
@@ -116,7 +123,11 @@ def output_curvature(
     if not bool(torch.isfinite(graph.output).all()):
         raise ValueError("outputs must be finite, got NaN or an infinity: the model diverged")
     if likelihood is not None:
-        return _from_likelihood(output_likelihood(graph, likelihood, verify=verify))
+        return _from_likelihood(output_likelihood(graph, likelihood, verify=verify and likelihood != proven))
+    if proven == "categorical":
+        # Its blocks have a form that no other likelihood's have, so two products tell it from them.
+        with suppress(ValueError):
+            return _from_likelihood(output_likelihood(graph, proven, verify=False))
     for kind in LIKELIHOODS:
         try:
             return _from_likelihood(output_likelihood(graph, kind, verify=verify))
