@@ -1,4 +1,4 @@
-"""Two and four gloo processes on this machine against one process, to 1e-9 in float64."""
+"""Two and four gloo processes on this machine against one process, to 1e-9 in float64 (presets: 1e-6)."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.workers import spawn
+from tests.distributed.processes import spawn
 
 pytestmark = pytest.mark.dist
 
 SAME = [
-    "check_ddp_equals_one_process",
-    "check_shards_are_uneven_and_empty",
-    "check_fsdp_equals_one_process",
-    "check_bad_gradient_on_one_rank_skips_all",
+    "data_parallel.compositions_equal_one_process",
+    "data_parallel.bad_gradient_on_one_rank_skips_all",
+    "fully_sharded.shards_are_uneven_and_empty",
+    "fully_sharded.compositions_equal_one_process",
 ]
 
 
 def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
-    refusals = ["check_loss_must_be_given_on_every_rank", "check_fsdp_refuses_double_backward_when_built"]
-    spawn(2, [*SAME, "check_ddp_of_matrix_free_and_kronecker", *refusals], tmp_path)
+    refusals = ["data_parallel.loss_must_be_given_on_every_rank", "fully_sharded.refusals_when_built"]
+    spawn(2, [*SAME, "data_parallel.presets_equal_one_process", *refusals], tmp_path)
 
 
 def test_four_ranks_equal_one_process(tmp_path: Path) -> None:
@@ -29,6 +29,6 @@ def test_four_ranks_equal_one_process(tmp_path: Path) -> None:
 
 def test_checkpoint_of_two_ranks_loads_on_one_and_four(tmp_path: Path) -> None:
     """``torch.distributed.checkpoint``, nested and flattened; the resumed run goes on as one that never stopped."""
-    spawn(2, ["check_save_checkpoint"], tmp_path)
+    spawn(2, ["checkpoints.save"], tmp_path)
     for world in (1, 4):
-        spawn(world, ["check_load_checkpoint"], tmp_path)
+        spawn(world, ["checkpoints.load"], tmp_path)

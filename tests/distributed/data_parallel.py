@@ -1,0 +1,101 @@
+"""DDP beside one process."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from optimizers import available, build
+from tests.distributed.problem import (
+    adamw,
+    alone,
+    ball,
+    batch,
+    hutchinson,
+    network,
+    part,
+    same,
+    sharded,
+    soaa,
+    soaa_by_tensor,
+    tadam,
+    train,
+    whole,
+)
+
+#: (Jᵀσ)² has cross terms between the samples of one backward pass: parts agree with the whole in the mean only.
+IN_THE_MEAN = {"sophia-g"}
+#: Its first S is measured in the basis of the whole first batch, which no rank has before the ranks have met.
+FIRST_STEP_DIFFERS = {"ekfac"}
+#: A factor of low rank has no one eigenbasis; square layers leave at most one dimension without curvature.
+SQUARE = (6, 6)
+
+
+def compositions_equal_one_process(folder: Path) -> None:
+    """The radius of every step, and the parameters."""
+    for make in (soaa, soaa_by_tensor, adamw, tadam, hutchinson, ball):
+        expected, radii, _ = alone(make, 8)
+        model = network()
+        parallel = DistributedDataParallel(model)
+        optimizer = make(parallel.parameters())
+        found = train(parallel, optimizer, part, range(8))
+        assert found == pytest.approx(radii, rel=1e-7, nan_ok=True), (make.__name__, found, radii)
+        same(whole(expected), whole(model))
+
+
+def presets_equal_one_process(folder: Path) -> None:
+    """Every preset; K-FAC and the others with drawn labels draw for a sample what one process draws for it."""
+    for name in sorted(set(available()["optimizers"]) - IN_THE_MEAN - FIRST_STEP_DIFFERS):
+        sizes = SQUARE if name == "soap" else (5, 3)
+        expected = network(*sizes)
+        reference = build(expected, name, process_group=None)
+        radii = train(expected, reference, batch, range(3))
+        model = network(*sizes)
+        parallel = DistributedDataParallel(model)
+        optimizer = build(model, name)
+        found = train(parallel, optimizer, part, range(3))
+        try:
+            assert found == pytest.approx(radii, rel=1e-6, nan_ok=True), (found, radii)
+            assert not torch.equal(next(model.parameters()), next(network(*sizes).parameters()))
+            same(whole(expected), whole(model), 1e-6)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+
+
+def bad_gradient_on_one_rank_skips_all(folder: Path) -> None:
+    for wrap in (DistributedDataParallel, lambda m: sharded()):
+        parallel = wrap(network())
+        optimizer = soaa(parallel.parameters())
+        train(parallel, optimizer, part, range(2))
+        before, state = whole(parallel), copy.deepcopy(float(optimizer.step_info.radius))
+        x, y = part(2)
+        optimizer.zero_grad()
+        optimizer.backward(nn.functional.cross_entropy(parallel(x), y))
+        if dist.get_rank() == 1:
+            grad: Any = next(parallel.parameters()).grad
+            getattr(grad, "_local_tensor", grad).fill_(float("nan"))
+        optimizer.step()
+        same(whole(parallel), before, 0.0)
+        assert float(optimizer.step_info.radius) == state
+        assert float(optimizer.step_info.skipped_steps) == 1.0
+
+
+def loss_must_be_given_on_every_rank(folder: Path) -> None:
+    model = network()
+    optimizer = soaa(DistributedDataParallel(model).parameters())
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    loss = 1.0 if dist.get_rank() == 0 else None
+    try:
+        optimizer.step(loss=loss)
+        assert dist.get_rank() == 0, "a missing loss was not noticed"
+    except RuntimeError as error:
+        assert "every rank" in str(error)  # noqa: PT017
+    dist.barrier()
