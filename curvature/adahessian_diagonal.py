@@ -14,7 +14,7 @@ from torch import Tensor
 
 from curvature.hutchinson import HutchinsonDiagonal
 from curvature.loss_graph import LossGraph
-from curvature.operators import DiagonalOperator
+from curvature.operators import DiagonalOperator, MappedDiagonal
 from curvature.probes import Distribution
 from curvature.protocols import Estimator, Needs, Observation, State, Statistics
 from curvature.registry import estimators
@@ -110,7 +110,9 @@ class AdaHessianDiagonal(Estimator):
 
     def operator(self, state: State) -> DiagonalOperator:
         """diag(v^(k/2))."""
-        return DiagonalOperator([v.pow(0.5 * self.power) for v in cast("list[Tensor]", state["mean_square"])])
+        return MappedDiagonal(
+            cast("list[Tensor]", state["mean_square"]), lambda v, _: v.pow_(0.5 * self.power), least=0.0
+        )
 
 
 estimators.add("adahessian-diagonal", AdaHessianDiagonal)

@@ -105,11 +105,18 @@ class HutchinsonDiagonal(Estimator):
     def measure(self, state: State, graph: LossGraph) -> Statistics:
         """Mean of z ⊙ Hz over the probes of this step."""
         step = cast(int, state["step"])
-        estimate: list[Tensor] = vectors.zeros_like(graph.params)
+        estimate: list[Tensor] = []
         for k in range(self.probes):
             z = probe(graph.params, self.seed, step * self.probes + k, self.distribution)
-            for e, z_i, hz_i in zip(estimate, z, graph.hvp(z), strict=True):
-                e.addcmul_(z_i, hz_i.to(e.dtype), value=1.0 / self.probes)
+            product = graph.hvp(z)
+            if k == 0:  # the probe's own memory
+                torch._foreach_mul_(z, [hz.to(z_i.dtype) for hz, z_i in zip(product, z, strict=True)])
+                estimate = z
+                continue
+            for e, z_i, hz_i in zip(estimate, z, product, strict=True):
+                e.addcmul_(z_i, hz_i.to(e.dtype))
+        if self.probes > 1:
+            torch._foreach_div_(estimate, float(self.probes))
         return {"diagonal": estimate}
 
     def update(self, state: State, seen: Observation) -> None:

@@ -5,7 +5,7 @@ Legend: P parameters' elements in all, ``v`` a list of tensors shaped like the p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -115,7 +115,11 @@ class DiagonalOperator(Operator):
 
     def __init__(self, values: Sequence[Tensor]) -> None:
         super().__init__(values)
-        self.values = self.like
+
+    @property
+    def values(self) -> list[Tensor]:
+        """h."""
+        return self.like
 
     def matvec(self, v: Sequence[Tensor]) -> list[Tensor]:
         """h v, elementwise: O(P)."""
@@ -147,6 +151,39 @@ class DiagonalOperator(Operator):
         """diag(h)."""
         self._check_size("to_dense")
         return torch.diag(vectors.flatten(self.values))
+
+
+class MappedDiagonal(DiagonalOperator):
+    """B = diag(φ(x)) for a function of the elements, formed where it is read: by a step in blocks, never in full.
+
+    Args:
+        base: x, one tensor a parameter; never changed.
+        change_: ``change_(block, i)`` puts φ in the place of a copied block of parameter i's x, and returns it.
+        least: a number that no φ lies below, where one is known.
+
+    >>> op = MappedDiagonal([torch.tensor([4.0, 9.0])], lambda x, i: x.sqrt_(), least=0.0)
+    >>> op.diagonal()
+    [tensor([2., 3.])]
+    """
+
+    def __init__(
+        self,
+        base: Sequence[Tensor],
+        change_: Callable[[Tensor, int], Tensor],
+        least: float | None = None,
+    ) -> None:
+        Operator.__init__(self, base)
+        self.base = self.like
+        self.change_ = change_
+        self.least = least
+        self._values: list[Tensor] | None = None
+
+    @property
+    def values(self) -> list[Tensor]:
+        """φ(x) in full, formed once."""
+        if self._values is None:
+            self._values = [self.change_(x.clone(), i) for i, x in enumerate(self.base)]
+        return self._values
 
 
 class IdentityOperator(Operator):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -19,7 +20,9 @@ def generator(seed: int, index: int, device: torch.device) -> torch.Generator:
     return torch.Generator(device=device).manual_seed((seed * 0x9E3779B97F4A7C15 + index) % (1 << 63))
 
 
-def probe(params: Sequence[Tensor], seed: int, index: int, distribution: Distribution = "rademacher") -> list[Tensor]:
+def probe(
+    params: Sequence[Tensor], seed: int, index: int, distribution: Distribution = "rademacher"
+) -> list[Tensor]:
     """One probe z with E[z zᵀ] = I, shaped like ``params``.
 
     Args:
@@ -39,10 +42,22 @@ def probe(params: Sequence[Tensor], seed: int, index: int, distribution: Distrib
             generators[p.device] = generator(seed, index, p.device)
         dtype = compute_dtype(p.dtype)
         if distribution == "rademacher":
-            bits = torch.randint(0, 2, p.shape, generator=generators[p.device], device=p.device, dtype=torch.int8)
-            drawn.append(bits.to(dtype).mul_(2).sub_(1))
+            drawn.append(signs(p.shape, dtype, p.device, generators[p.device]))
         elif distribution == "gaussian":
             drawn.append(torch.randn(p.shape, generator=generators[p.device], device=p.device, dtype=dtype))
         else:
             raise ValueError(f"distribution must be 'rademacher' or 'gaussian', got {distribution!r}")
     return drawn
+
+
+def signs(shape: Sequence[int], dtype: torch.dtype, device: torch.device, random: torch.Generator) -> Tensor:
+    """Independent signs, ±1 with probability ½: eight from every random byte.
+
+    >>> set(signs((100,), torch.float32, torch.device("cpu"), torch.Generator()).tolist()) == {-1.0, 1.0}
+    True
+    """
+    count = math.prod(shape)
+    # An eighth of the numbers that one a sign would take, and their drawing is what costs.
+    drawn = torch.empty(-(-count // 8), 1, dtype=torch.uint8, device=device).random_(generator=random)
+    bits = drawn.bitwise_and(torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=device))
+    return bits.ne(0).reshape(-1)[:count].to(dtype).mul_(2.0).sub_(1.0).reshape(tuple(shape))

@@ -12,7 +12,7 @@ from typing import cast
 from torch import Tensor
 
 from curvature.loss_graph import LossGraph
-from curvature.operators import DiagonalOperator
+from curvature.operators import DiagonalOperator, MappedDiagonal
 from curvature.protocols import CurvatureEstimator, Needs, Observation, State, Statistics
 from curvature.running_mean import bias_correction
 
@@ -63,9 +63,9 @@ class WrappedDiagonal:
                 f"{type(self).__name__} changes a diagonal, and {type(self.estimator).__name__} gives a "
                 f"{type(operator).__name__}: wrap a diagonal estimator"
             )
-        return DiagonalOperator(self.changed(state, operator.diagonal()))
+        return self.changed(state, operator.diagonal())
 
-    def changed(self, state: State, diagonal: list[Tensor]) -> list[Tensor]:
+    def changed(self, state: State, diagonal: list[Tensor]) -> DiagonalOperator:
         """What the subclass makes of h."""
         raise NotImplementedError
 
@@ -92,9 +92,9 @@ class RootDiagonal(WrappedDiagonal):
 
     semidefinite = True
 
-    def changed(self, state: State, diagonal: list[Tensor]) -> list[Tensor]:
+    def changed(self, state: State, diagonal: list[Tensor]) -> DiagonalOperator:
         """√h."""
-        return [h.sqrt() for h in diagonal]
+        return MappedDiagonal(diagonal, lambda h, _: h.sqrt_(), least=0.0)
 
 
 @dataclass(frozen=True)
@@ -139,13 +139,13 @@ class FlooredDiagonal(WrappedDiagonal):
         if not self.bias_corrected and not hasattr(self.estimator, "beta"):
             raise ValueError(f"bias_corrected=False needs an estimator with a beta, got {self.estimator!r}")
 
-    def changed(self, state: State, diagonal: list[Tensor]) -> list[Tensor]:
+    def changed(self, state: State, diagonal: list[Tensor]) -> DiagonalOperator:
         """max(γh, ε)."""
-        if self.bias_corrected:
-            return [(h * self.scale).clamp_(min=self.floor) for h in diagonal]
-        beta = cast(float, self.estimator.beta)  # type: ignore[attr-defined]
-        counts = cast("list[Tensor]", state["count"])
-        return [
-            (h * (self.scale * bias_correction(t, beta))).clamp_(min=self.floor)
-            for h, t in zip(diagonal, counts, strict=True)
-        ]
+        scales: list[float | Tensor] = [self.scale] * len(diagonal)
+        if not self.bias_corrected:
+            beta = cast(float, self.estimator.beta)  # type: ignore[attr-defined]
+            counts = cast("list[Tensor]", state["count"])
+            scales = [self.scale * bias_correction(t, beta) for t in counts]
+        return MappedDiagonal(
+            diagonal, lambda h, i: h.mul_(scales[i]).clamp_(min=self.floor), least=self.floor
+        )
