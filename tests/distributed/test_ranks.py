@@ -15,11 +15,13 @@ SAME = [
     "data_parallel.bad_gradient_on_one_rank_skips_all",
     "fully_sharded.shards_are_uneven_and_empty",
     "fully_sharded.compositions_equal_one_process",
+    "inverses.work_falls_with_ranks",
 ]
 
 
 def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
     refusals = ["data_parallel.loss_must_be_given_on_every_rank", "fully_sharded.refusals_when_built"]
+    refusals.append("inverses.failure_on_one_rank_is_heard_by_all")
     spawn(2, [*SAME, "data_parallel.presets_equal_one_process", *refusals], tmp_path)
 
 

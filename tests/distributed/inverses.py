@@ -1,0 +1,130 @@
+"""Decompositions divided among ranks: who does how many, in how much memory, and that the step is the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from optimizers import SecondOrder, Shampoo, build
+from tests.distributed.problem import BATCH, same, train, whole
+
+WIDTH = 8
+#: Four layers of two 8 x 8 factors each: 2 or 4 ranks can share them without a rest.
+FACTORS = 8
+
+
+def deep() -> nn.Module:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for _ in range(4):
+        layers += [nn.Linear(WIDTH, WIDTH, bias=False), nn.Tanh()]
+    return nn.Sequential(*layers).double()
+
+
+def data(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(BATCH, WIDTH, generator=generator, dtype=torch.float64)
+    return x, torch.randint(0, WIDTH, (BATCH,), generator=generator)
+
+
+def dealt(step: int) -> tuple[Tensor, Tensor]:
+    x, y = data(step)
+    return x[dist.get_rank() :: dist.get_world_size()], y[dist.get_rank() :: dist.get_world_size()]
+
+
+class Work:
+    """The 8 x 8 matrices that this process decomposed, and the bytes of what came of them."""
+
+    def __init__(self) -> None:
+        self.matrices = 0
+        self.bytes = 0
+
+    def watched(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(matrix: Tensor, *args: Any, **options: Any) -> Any:
+            found = function(matrix, *args, **options)
+            if matrix.shape[-2:] == (WIDTH, WIDTH):
+                self.matrices += matrix.numel() // WIDTH**2
+                self.bytes += sum(x.numel() * x.element_size() for x in found)
+            return found
+
+        return run
+
+
+@contextmanager
+def counted() -> Iterator[Work]:
+    work, kept = Work(), (torch.linalg.eigh, torch.linalg.qr)
+    torch.linalg.eigh, torch.linalg.qr = (work.watched(f) for f in kept)
+    try:
+        yield work
+    finally:
+        torch.linalg.eigh, torch.linalg.qr = kept
+
+
+def makes() -> dict[str, Callable[[nn.Module, Any], SecondOrder]]:
+    def kronecker(name: str) -> Callable[[nn.Module, Any], SecondOrder]:
+        return lambda model, group: build(
+            model, name, inverse_interval=1, damping="fixed", radius=1.0, process_group=group
+        )
+
+    return {
+        "kfac": kronecker("kfac"),
+        "shampoo": lambda model, group: Shampoo(
+            model.parameters(), interval=1, eps=1e-6, process_group=group
+        ),
+        "soap": lambda model, group: build(model, "soap", interval=1, process_group=group),
+    }
+
+
+def work_falls_with_ranks(folder: Path) -> None:
+    """Each rank decomposes 1/R of the factors, into 1/R of the memory, and takes the step of one process."""
+    steps = 3
+    for name, make in makes().items():
+        expected = deep()
+        with counted() as one:
+            train(expected, make(expected, None), data, range(steps))
+        model = deep()
+        parallel = DistributedDataParallel(model)
+        optimizer = make(model, "auto")
+        with counted() as shared:
+            train(parallel, optimizer, dealt, range(steps))
+        assert one.matrices >= 2 * FACTORS, (name, one.matrices)
+        assert shared.matrices * dist.get_world_size() == one.matrices, (name, shared.matrices, one.matrices)
+        assert shared.bytes * dist.get_world_size() == one.bytes, (name, shared.bytes, one.bytes)
+        assert not torch.equal(next(model.parameters()), next(deep().parameters()))
+        try:
+            same(whole(expected), whole(model), 1e-6)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+
+
+def failure_on_one_rank_is_heard_by_all(folder: Path) -> None:
+    """A decomposition that fails on its owner raises everywhere; nobody waits for what will not come."""
+    model = deep()
+    optimizer = makes()["kfac"](model, "auto")
+    parallel = DistributedDataParallel(model)
+    kept = torch.linalg.eigh
+
+    def broken(matrix: Tensor) -> Any:
+        raise MemoryError("no room")
+
+    if dist.get_rank() == 1:
+        torch.linalg.eigh = broken
+    try:
+        train(parallel, optimizer, dealt, range(1))
+    except MemoryError:
+        assert dist.get_rank() == 1
+    except RuntimeError as error:
+        assert "another rank failed" in str(error)  # noqa: PT017
+        assert dist.get_rank() != 1
+    else:
+        raise AssertionError("a failed decomposition was not noticed")
+    finally:
+        torch.linalg.eigh = kept
+    dist.barrier()
