@@ -217,6 +217,20 @@ def _print_outcome(outcome: Any) -> None:
     console.print(f"table.md, table.csv, curves.png and runs/ are in {outcome.folder}", soft_wrap=True)
 
 
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Results folder of an ablation or a study.")] = Path(
+        "soaa-results"
+    ),
+) -> None:
+    """Write report.html (one file that needs nothing else), report.md, CSV tables and PNG figures."""
+    from optimizers.ablation.report import report as write_report
+
+    with _interruptible():
+        path = write_report(folder)
+    console.print(f"{path}, report.md, tables (CSV) and figures/ (PNG)", soft_wrap=True)
+
+
 @app.command("list")
 def list_names() -> None:
     """List workloads, configurations, optimizers, curvature and trust regions."""

@@ -1,0 +1,298 @@
+"""The figures of a report: one `Figure` each, drawn so that a page in light or dark colours can hold it.
+
+Every cell has one colour and dash in all figures of a workload. Figures carry no legend: the page has one for all.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from optimizers.ablation.comparison import Comparison
+from optimizers.ablation.profiles import Profile
+from optimizers.ablation.results import Record, Row, number
+
+# mid tones, readable on white and on black
+COLORS = (
+    "#2f7ed8", "#e07b1f", "#2fa84f", "#d9433f", "#9266cc", "#a3704c", "#d962ae", "#7f8c8d", "#a8a32a", "#17a2b8",
+)  # fmt: skip
+DASHES = ((), (5, 2), (1, 1.5), (6, 2, 1, 2))
+INK = "#22282e"  # in the SVG it becomes the page's own text colour
+Style = dict[str, Any]
+
+
+def styles(labels: Sequence[str]) -> dict[str, Style]:
+    """Return colour and dash of every cell."""
+    return {
+        label: {"color": COLORS[i % len(COLORS)], "dashes": DASHES[i // len(COLORS) % len(DASHES)]}
+        for i, label in enumerate(labels)
+    }
+
+
+def svg(figure: Figure, title: str) -> str:
+    """Return a figure as an ``<svg>`` element that refers to nothing outside of itself."""
+    import matplotlib as mpl
+
+    stream = io.StringIO()
+    # text stays text; equal figures give equal files, and no two on one page share an id
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = stream.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    size = re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', text)
+    assert size is not None
+    text = text.replace(size[0], 'role="img" preserveAspectRatio="xMidYMid"', 1)
+    text = text.replace(INK, "currentColor")
+    text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 sans-serif", text)
+    text = re.sub(r'\bid="([^"]+)"', lambda m: f'id="{_name(title)}-{m[1]}"', text)
+    text = re.sub(r'(href="#|url\(#)', lambda m: f"{m[1]}{_name(title)}-", text)
+    escaped = title.replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"(<svg[^>]*>)", lambda m: f"{m[1]}<title>{escaped}</title>", text, count=1)
+
+
+def png(figure: Figure) -> bytes:
+    """Return a figure as a PNG file on white."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=130, facecolor="white", metadata={"Software": None})
+    return stream.getvalue()
+
+
+def _name(title: str) -> str:
+    return re.sub(r"\W+", "-", title.lower()).strip("-")
+
+
+def _axes(x: str, y: str, height: float = 3.6) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(5.6, height), layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlabel(x, color=INK)
+    axes.set_ylabel(y, color=INK)
+    axes.tick_params(which="both", color=INK, labelcolor=INK)
+    for spine in axes.spines.values():
+        spine.set_edgecolor(INK)
+        spine.set_alpha(0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(visible=True, color="#888888", alpha=0.2)
+    return figure, axes
+
+
+def _band(axes: Any, xs: Sequence[float], columns: Sequence[Sequence[float]], style: Style) -> None:
+    """The median over seeds as a line, and from the least to the largest a band."""
+    axes.plot(xs, [statistics.median(column) for column in columns], linewidth=1.6, **style)
+    if max(map(len, columns), default=0) > 1:
+        low = [min(column) for column in columns]
+        high = [max(column) for column in columns]
+        axes.fill_between(xs, low, high, alpha=0.13, color=style["color"], linewidth=0)
+
+
+def _columns(series: Sequence[Sequence[Any]], missing: float = math.inf) -> list[list[float]]:
+    length = min(map(len, series))
+    found = [[number(values[i]) for values in series] for i in range(length)]
+    return [[value if math.isfinite(value) else missing for value in column] for column in found]
+
+
+def losses(rows: Sequence[Row], look: Mapping[str, Style], measure: str, axis: str) -> Figure:
+    """Draw a loss against ``"step"``, ``"seconds"`` or ``"gradients"``; one line a cell."""
+    names = {
+        "step": "training step",
+        "seconds": "training time [s], evaluation excluded",
+        "gradients": "cost [gradients of one batch]",
+    }
+    figure, axes = _axes(names[axis], measure.replace("_", " ").replace("train ", "training "))
+    values: list[float] = []
+    for row in rows:
+        curves = [record["curve"] for record in row.records if record["curve"].get("step")]
+        if not curves:
+            continue
+        columns = _columns([curve[measure] for curve in curves], math.nan)
+        places = _columns([curve["seconds" if axis == "seconds" else "step"] for curve in curves])
+        xs = [statistics.median(column) for column in places]
+        if axis == "gradients":
+            cost = statistics.median(row.values("gradients_per_step"))
+            if not math.isfinite(cost):
+                continue
+            xs = [cost * x for x in xs]
+        _band(axes, xs, columns, look[row.cell.label])
+        values += [value for column in columns for value in column if math.isfinite(value)]
+        axes.set_ylim(*_limits(values, columns[0][0]))
+    if values and min(values) > 0:
+        axes.set_yscale("log")
+        axes.grid(visible=True, which="minor", color="#888888", alpha=0.1)
+    if axis != "step" and axes.lines:  # the slowest must not squeeze the others
+        ends = sorted(float(line.get_xdata()[-1]) for line in axes.lines)
+        axes.set_xlim(0, min(ends[-1], 4 * statistics.median(ends)) or None)
+    return figure
+
+
+def _limits(values: Sequence[float], start: float) -> tuple[float, float]:
+    """A diverged run may leave the picture: it ends a little above where training began."""
+    least, top = min(values), start if math.isfinite(start) else max(values)
+    margin = 0.03 * (top - least) or 1.0
+    return (least / 1.05 if least > 0 else least - margin), top + 3 * margin
+
+
+def trace(rows: Sequence[Row], look: Mapping[str, Style], name: str, label: str) -> Figure | None:
+    """Draw what the optimizer recorded at its steps; None where no cell recorded it."""
+    figure, axes = _axes("training step", label)
+    values: list[float] = []
+    for row in rows:
+        series, places = _traces(row.records, name)
+        if not series:
+            continue
+        columns = _columns(series, math.nan)
+        _band(axes, [float(places[i]) for i in range(len(columns))], columns, look[row.cell.label])
+        values += [value for column in columns for value in column if math.isfinite(value)]
+    if not values:
+        return None
+    ordered = sorted(values)
+    low, high = (ordered[int(q * (len(ordered) - 1))] for q in (0.01, 0.99))
+    margin = 0.08 * (high - low) or 0.1 * abs(high) or 0.1
+    if name in ("radius", "damping") and low > 0 and high > 20 * low:
+        axes.set_yscale("log")
+        axes.set_ylim(low / 1.3, high * 1.3)
+    else:
+        axes.set_ylim(low - margin, high + margin)
+    return figure
+
+
+def _traces(records: Sequence[Record], name: str) -> tuple[list[list[float]], list[int]]:
+    series, places = [], list[int]()
+    for record in records:
+        values = record["trace"].get(name) or []
+        if not values or all(value is None for value in values):
+            continue
+        every = 1 if name == "radius" else int(record.get("trace_every", 1))
+        if name == "radius" and len(values) > 400:  # it is recorded at every step, to be replayed
+            every = len(values) // 400
+            values = values[::every]
+        series.append(values)
+        places = [i * every for i in range(len(values))]
+    return series, places
+
+
+def sensitivities(curves: Mapping[str, Mapping[float, float]], look: Mapping[str, Style]) -> Figure | None:
+    """Draw validation loss against the learning rate; None where no cell has two rates."""
+    figure, axes = _axes("learning rate", "validation loss")
+    finite = [loss for points in curves.values() for loss in points.values() if math.isfinite(loss)]
+    if not finite or max(map(len, curves.values())) < 2:
+        return None
+    for label, points in curves.items():
+        rates = sorted(points)
+        ys = [points[rate] if math.isfinite(points[rate]) else math.nan for rate in rates]
+        axes.plot(rates, ys, marker="o", markersize=3.5, linewidth=1.4, **look[label])
+        if any(math.isfinite(y) for y in ys):
+            best = min((y, rate) for y, rate in zip(ys, rates, strict=True) if math.isfinite(y))
+            axes.plot(
+                [best[1]], [best[0]], marker="o", markersize=7, fillstyle="none", color=look[label]["color"]
+            )
+    axes.set_xscale("log")
+    low = min(finite)
+    if low > 0:
+        axes.set_yscale("log")
+        axes.set_ylim(low / 1.1, min(max(finite) * 1.1, 20 * low))
+    return figure
+
+
+def heat_map(
+    values: Mapping[tuple[str, str], float], rows: Sequence[str], columns: Sequence[str], label: str
+) -> Figure:
+    """Draw the grid of curvature and trust region; a cell that diverged or failed is crossed out."""
+    figure = Figure(figsize=(1.9 + 0.95 * len(columns), 1.6 + 0.5 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    finite = [value for value in values.values() if math.isfinite(value)]
+    positive = bool(finite) and min(finite) > 0
+    scaled = [
+        [_scale(values.get((row, column), math.inf), log=positive) for column in columns] for row in rows
+    ]
+    shown = [value for line in scaled for value in line if math.isfinite(value)]
+    low, high = (min(shown), max(shown)) if shown else (0.0, 1.0)
+    image = axes.imshow(
+        [[value if math.isfinite(value) else math.nan for value in line] for line in scaled],
+        cmap="viridis_r", aspect="auto", vmin=low, vmax=high,
+    )  # fmt: skip
+    for i, row in enumerate(rows):
+        for j, column in enumerate(columns):
+            value = values.get((row, column), math.inf)
+            if not math.isfinite(value):
+                axes.text(j, i, "×", ha="center", va="center", color=INK)
+                continue
+            # light text on the dark end, the large values
+            dark = (scaled[i][j] - low) > 0.5 * (high - low)
+            axes.text(
+                j,
+                i,
+                f"{value:.3g}",
+                ha="center",
+                va="center",
+                color="#ffffff" if dark else "#000000",
+                fontsize=9,
+            )
+    axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right", color=INK)
+    axes.set_yticks(range(len(rows)), rows, color=INK)
+    axes.tick_params(color=INK)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    bar = figure.colorbar(
+        image, ax=axes, label=label if not positive else f"{label} (log)", format=_unscaled(positive)
+    )
+    bar.ax.tick_params(color=INK, labelcolor=INK)
+    bar.ax.yaxis.label.set_color(INK)
+    bar.outline.set_visible(False)
+    return figure
+
+
+def _scale(value: float, *, log: bool) -> float:
+    return math.log10(value) if log and math.isfinite(value) else value
+
+
+def _unscaled(log: bool) -> Callable[[float, int], str]:
+    return lambda value, _: f"{10**value if log else value:.3g}"
+
+
+def profiles(found: Mapping[str, Profile], look: Mapping[str, Style], cost: str) -> Figure:
+    """Draw performance profiles: the fraction of problems within a factor of the least cost."""
+    figure, axes = _axes(f"{cost} over the least of any cell", "fraction of problems")
+    for label, profile in found.items():
+        xs, ys = profile.steps()
+        axes.step(xs, ys, where="post", linewidth=1.6, **look[label])
+    axes.set_xlim(1, next(iter(found.values())).largest_ratio)
+    axes.set_ylim(-0.02, 1.05)
+    return figure
+
+
+def forest(found: Sequence[Comparison], name: str, label: str, null: float) -> Figure:
+    """Draw an interval a cell against a line of equality; what the interval does not separate is grey."""
+    figure, axes = _axes(label, "", 0.9 + 0.34 * len(found))
+    colors = {"better": "#2fa84f", "worse": "#d9433f", "not separated": "#888888"}
+    ends = [
+        value
+        for comparison in found
+        for value in (getattr(comparison, name).low, getattr(comparison, name).high)
+        if math.isfinite(value)
+    ]
+    ratio = null == 1.0
+    low, high = min([*ends, null]), max([*ends, null])
+    margin = 0.06 * (high - low) or 0.1
+    right = min(high + margin, 4.0) if ratio else high + margin
+    for place, comparison in enumerate(reversed(found)):
+        interval, color = getattr(comparison, name), colors[comparison.verdicts[name]]
+        start = interval.low if math.isfinite(interval.low) else right
+        axes.plot([min(start, right), min(interval.high, right)], [place, place], color=color, linewidth=2)
+        inside = math.isfinite(interval.estimate) and interval.estimate <= right
+        axes.plot(
+            [interval.estimate if inside else right],
+            [place],
+            marker="o" if inside else ">",
+            color=color,
+            markersize=5,
+        )
+    axes.axvline(null, color=INK, linewidth=1, dashes=(3, 2))
+    axes.set_yticks(range(len(found)), [comparison.cell for comparison in reversed(found)])
+    axes.set_xlim((0.0 if ratio else low - margin), right + 0.02 * abs(right))
+    axes.set_ylim(-0.6, len(found) - 0.4)
+    return figure
