@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
 from curvature import vectors
-from curvature.protocols import Needs, State
+from curvature.protocols import CurvatureOperator, Needs, State
 from trust_region import judgement
 from trust_region.lagged import check_evaluate, evaluation_needs, exchange, memory
-from trust_region.protocols import Policy, Proposal, Verdict
+from trust_region.protocols import Policy, Proposal, Solution, StepContext, Verdict
 from trust_region.ratio_radius import keep_unless
+from trust_region.trust_region import predicted_parts, scaled_by_lr
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,12 @@ class LevenbergMarquardt(Policy):
     being poor, which suits minibatches (Hessian-free, K-FAC). ``"classical"`` looks at every step, takes back what
     did not reduce the loss enough, and moves λ down by 3 and up by 2 (delayed gratification). Under both rules a step
     that ends in a loss that is not finite is taken back, and λ rises by ``rejection`` at once.
+
+    ρ compares like with like: the step that was taken (learning rate and region included), on the batch that judges
+    it, so that beside momentum the promise is that of the batch's own gradient; where momentum goes against the batch
+    (nothing was promised) λ stands. A learning rate below 1, or a region that cuts the step, makes almost every promise
+    come true, and says nothing of the step that λ alone would have made: after such a step λ may undo a rise, but does
+    not fall below ``initial_damping``. Else it would fall for ever, and steps would grow where B is flat, by its noise.
 
     Args:
         initial_damping: λ₀ in [min_damping, max_damping], in curvature units: it scales with the loss.
@@ -41,6 +48,8 @@ class LevenbergMarquardt(Policy):
         radius: Δ of a region that is to hold beside the damping, such as :class:`KLBall`; it does not adapt.
         evaluate: ``"trial"`` evaluates the loss at the trial point, ``"lagged"`` waits for the next step's loss.
         rounding: units in the last place of the loss that count as noise.
+        trials: ``"every"`` step is tried, so that each that ends in a loss that is not finite is taken back; ``"due"``
+            saves the forward pass, and that guard, in the steps in which Martens' rule does not look.
 
     >>> policy = LevenbergMarquardt(initial_damping=1.0, interval=1, omega=0.5)
     >>> state = policy.init([torch.zeros(1)])
@@ -66,6 +75,7 @@ class LevenbergMarquardt(Policy):
     radius: float = math.inf
     evaluate: Literal["trial", "lagged"] = "trial"
     rounding: float = 10.0
+    trials: Literal["every", "due"] = "every"
 
     adapts = ("damping",)
 
@@ -96,6 +106,8 @@ class LevenbergMarquardt(Policy):
         if not self.rounding >= 0:
             raise ValueError(f"rounding must be >= 0, got {self.rounding}")
         check_evaluate(self.evaluate)
+        if self.trials not in ("every", "due"):
+            raise ValueError(f"trials must be 'every' or 'due', got {self.trials!r}")
         if self.rule == "classical" and self.evaluate == "lagged":
             raise ValueError(
                 "rule='classical' takes poor steps back and needs evaluate='trial'; use rule='martens'"
@@ -120,6 +132,32 @@ class LevenbergMarquardt(Policy):
         }
         return {**state, **memory(params)} if self.lagged else state
 
+    def predict(
+        self,
+        gradient: Sequence[Tensor],
+        curvature: CurvatureOperator,
+        solution: Solution,
+        context: StepContext,
+    ) -> list[Tensor]:
+        """The model's reduction, and for the verdict: the batch's promise, and whether λ alone decided the step."""
+        parts = predicted_parts(gradient, curvature, solution, context)
+        solution.diagnostics["shortened"] = shortened(solution.on_boundary, context.lr)
+        if not self.lagged:
+            apart = momentum_share(gradient, solution.step, context)
+            promised = vectors.total(parts)
+            solution.diagnostics["promised"] = promised if apart is None else promised + apart.to(promised)
+        return parts
+
+    def tries(self, state: State) -> bool:
+        """Whether the coming step is tried; waits for the host where not every one is."""
+        if self.trials == "every" or self.rule == "classical":
+            return True
+        return (int(cast(Tensor, state["policy_steps"])) + 1) % self.interval == 0
+
+    def pass_over(self, state: State) -> None:
+        """Count a step that was not tried."""
+        cast(Tensor, state["policy_steps"]).add_(1.0)
+
     def judge(
         self,
         state: State,
@@ -129,33 +167,62 @@ class LevenbergMarquardt(Policy):
     ) -> Verdict:
         """Martens & Grosse, section 6.5, or the classical rule."""
         damping, steps = cast(Tensor, state["damping"]), cast(Tensor, state["policy_steps"])
-        predicted = proposal.predicted_reduction
         credible = judgement.credible(proposal, actual_reduction)
+        promised = cast(Tensor, proposal.diagnostics.get("promised", proposal.predicted_reduction))
+        held = cast(Tensor, proposal.diagnostics.get("shortened", proposal.on_boundary)).to(damping.device)
+        proposal = replace(proposal, predicted_reduction=promised)
         actual = judgement.rounded(proposal, actual_reduction, self.rounding)
-        good = judgement.above(actual, 0.75, predicted)
-        poor = judgement.below(actual, 0.25, predicted)
+        good = judgement.above(actual, 0.75, promised) & (promised > 0)
+        poor = judgement.below(actual, 0.25, promised) & (promised > 0)
         steps.add_(1.0)
         if self.rule == "martens":
             accepted = credible
             look = torch.remainder(steps, self.interval) == 0
             down, up = self.omega**self.interval, self.omega**-self.interval
         else:
-            accepted = credible & judgement.above(actual, self.eta, predicted)
+            accepted = credible & judgement.above(actual, self.eta, promised)
             look = torch.ones_like(credible)
             down, up = self.decrease, self.increase
-        moved = torch.where(good, damping * down, torch.where(poor, damping * up, damping))
+        floor = torch.where(held, damping.clamp(max=self.initial_damping), torch.zeros_like(damping))
+        eased = torch.maximum(damping * down, floor)
+        moved = torch.where(good, eased, torch.where(poor, damping * up, damping))
         new = torch.where(credible, torch.where(look, moved, damping), damping * self.rejection)
         new = new.clamp(self.min_damping, self.max_damping)
         damping.copy_(new)
-        return Verdict(accepted, judgement.ratio(actual, predicted), new, actual_reduction)
+        return Verdict(accepted, judgement.ratio(actual, promised), new, actual_reduction)
 
     def review(self, state: State, proposal: Proposal, loss: Tensor | None) -> Verdict:
         """The same rule for the previous step, but what was done stays done."""
         damping = cast(Tensor, state["damping"])
         before = damping.clone()
-        previous = exchange(state, proposal, loss)
+        held = cast(Tensor, proposal.diagnostics.get("shortened", proposal.on_boundary))
+        previous = exchange(state, replace(proposal, on_boundary=held), loss)
         if previous is None:
             nothing = torch.full_like(before, math.nan)
             return Verdict(torch.ones((), dtype=torch.bool, device=before.device), nothing, before, nothing)
         verdict = self.judge(state, previous.proposal, previous.actual_reduction)
         return keep_unless(previous.known, verdict, damping, before)
+
+
+def shortened(on_boundary: Tensor, lr: Sequence[float | Tensor] | None) -> Tensor:
+    """Whether a region or a learning rate below 1 made the step shorter than the model's own, a 0-d bool."""
+    held = on_boundary
+    for eta in lr or ():
+        if isinstance(eta, Tensor):
+            held = held | (eta.reshape(()) < 1).to(held.device)
+        elif eta < 1:
+            return torch.ones_like(held)
+    return held
+
+
+def momentum_share(gradient: Sequence[Tensor], step: Sequence[Tensor], context: StepContext) -> Tensor | None:
+    """(m̂ - g)ᵀp of the step p as it is taken: what the running mean m̂ promises beyond the batch's own g."""
+    if context.raw_gradient is None or all(
+        g is m for g, m in zip(context.raw_gradient, gradient, strict=True)
+    ):
+        return None
+    taken = scaled_by_lr(step, context.lr)
+    rows = [
+        (p, m - g) for p, m, g in zip(taken, gradient, context.raw_gradient, strict=True) if g is not None
+    ]
+    return vectors.dot([p for p, _ in rows], [d for _, d in rows]) if rows else None

@@ -48,7 +48,7 @@ class Paced:
         if self.every < 1:
             raise ValueError(f"every must be >= 1, got {self.every}")
         # optional parts of the policy show through, and are absent where it has none
-        for name in ("predict", "scope", "adapts"):
+        for name in ("predict", "scope", "adapts", "tries"):
             if hasattr(self.policy, name):
                 object.__setattr__(self, name, getattr(self.policy, name))
         if hasattr(self.policy, "prepare"):
@@ -85,6 +85,11 @@ class Paced:
         """As :meth:`judge`."""
         before = _adapted(state)
         return self._hold(state, before, self.policy.review(state, proposal, loss))
+
+    def pass_over(self, state: State) -> None:
+        """Counted here as there."""
+        cast(Tensor, state["pace_steps"]).add_(1.0)
+        self.policy.pass_over(state)  # type: ignore[attr-defined]
 
     def _prepare(self, state: State, context: StepContext) -> None:
         """A policy that moves its radius before the step is held there; its memory goes on."""

@@ -162,6 +162,15 @@ class TrustRegion:
             loss=context.loss,
         )
 
+    def tries(self, state: State) -> bool:
+        """Whether the coming step is tried; a policy that looks on an interval may leave the others out."""
+        asked = getattr(self.radius, "tries", None)
+        return True if asked is None else bool(asked(state))
+
+    def pass_over(self, state: State) -> None:
+        """Tell the policy of a step that was not tried."""
+        self.radius.pass_over(state)  # type: ignore[attr-defined]
+
     def judge(
         self,
         state: State,
