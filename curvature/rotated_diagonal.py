@@ -64,7 +64,12 @@ class RotatedDiagonalOperator(Operator):
         check_damping(damping)
         for d in self.values:
             # on an accelerator the test would wait; there 1/0 shows, and the step's finiteness test refuses it
-            if d.device.type == "cpu" and bool((d + damping == 0).any()):
+            if (
+                d.device.type == "cpu"
+                and d.numel()
+                and not bool(d.amin() + damping > 0)
+                and bool((d + damping == 0).any())
+            ):
                 raise SingularCurvatureError(
                     "the damped curvature has zeros; use a damping > 0 (or a larger one)"
                 )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curvature.protocols import CurvatureEstimator, Observation, State
+from curvature.protocols import CurvatureEstimator, CurvatureOperator, Observation, State
 from optimizers.distributed import ALONE, Ranks, over_ranks
 from optimizers.momentum import Momentum
 from trust_region import Proposal, StepContext, TrustRegion, Verdict
@@ -65,19 +65,24 @@ def averaged_gradient(
     ]
 
 
-def propose(
-    composition: Composition,
-    seen: Observation,
-    curvature_state: State,
-    region_state: State,
-    averaged: Sequence[Tensor],
-    lr: Sequence[float | Tensor],
-) -> Proposal:
-    """Refresh the curvature with what was seen, and propose a step."""
+def refreshed(composition: Composition, seen: Observation, curvature_state: State) -> CurvatureOperator:
+    """The curvature, after what was seen."""
     composition.curvature.update(curvature_state, seen)
     operator = composition.curvature.operator(curvature_state)
     if seen.graphs:  # products go through this rank's graph, and B is the mean over ranks
         operator = over_ranks(operator, seen.parameters, composition.ranks)
+    return operator
+
+
+def propose(
+    composition: Composition,
+    operator: CurvatureOperator,
+    seen: Observation,
+    region_state: State,
+    averaged: Sequence[Tensor],
+    lr: Sequence[float | Tensor],
+) -> Proposal:
+    """The step inside the region."""
     context = StepContext(lr=lr, params=seen.parameters, raw_gradient=seen.gradient, loss=seen.loss)
     return composition.trust_region.propose(region_state, averaged, operator, context)
 

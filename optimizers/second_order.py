@@ -13,8 +13,9 @@ from torch.optim.optimizer import ParamsT
 from curvature import vectors
 from curvature.identity import Identity
 from curvature.loss_graph import LossGraph
+from curvature.operators import DiagonalOperator
 from curvature.protocols import TRANSIENT, CurvatureEstimator, Needs, Observation, State
-from optimizers import blocked, checkpoint, core, elementwise, state_layout, step_info, trial
+from optimizers import blocked, checkpoint, core, diagonal_step, elementwise, state_layout, step_info, trial
 from optimizers.checks import check_group, check_unmoved, signal_names
 from optimizers.compiled.elementwise_path import ElementwisePath
 from optimizers.compiled.kernels import compiler_failures
@@ -391,15 +392,34 @@ class SecondOrder(torch.optim.Optimizer):
             gradient_at=self._gradient_at(closure, before),
         )
         betas, lr = self._per_parameter("momentum"), self._per_parameter("lr")
+        operator = core.refreshed(composition, seen, self._curvature_state)
+        means = self._momentum_buffers(betas)
+        damping = self._region_state.get("damping", 0.0)
+        if ranks.shards is None and diagonal_step.suits(
+            operator, self.trust_region, self.momentum, params, gradient, means, damping
+        ):
+            proposal = diagonal_step.step_(
+                cast(DiagonalOperator, operator),
+                self.trust_region,
+                self.momentum,
+                params,
+                cast("list[Tensor]", gradient),
+                means,
+                [self.state[p]["step"] for p in self._params],
+                (betas, lr, self._per_parameter("weight_decay")),
+                (float(cast(Tensor, self._region_state["radius"])), float(cast(Tensor, damping))),
+            )
+            self._record(loss, proposal, None, None)
+            return
         averaged = core.averaged_gradient(
             self.momentum,
             gradient,
-            self._momentum_buffers(betas),
+            means,
             [self.state[p]["step"] for p in self._params],
             betas,
             params,
         )
-        proposal = core.propose(composition, seen, self._curvature_state, self._region_state, averaged, lr)
+        proposal = core.propose(composition, operator, seen, self._region_state, averaged, lr)
         actual: Tensor | None = None
         verdict: Verdict | None
         if self.needs.trial and self.trust_region.tries(self._region_state):

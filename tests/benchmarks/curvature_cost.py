@@ -1,0 +1,225 @@
+"""The cost of curvature: products, diagonals and factors in gradients, whole training steps in AdamW's steps.
+
+Run: ``python -m tests.benchmarks.curvature_cost --json docs/results/curvature_cost/cpu.json`` (``--only products``,
+``diagonals``, ``factors`` or ``steps`` for a part, which is written into the file beside the others). Every figure is a
+ratio to one gradient, or one whole AdamW step (forward, backward, fused update), of the same model in the same run;
+repetitions are interleaved, so that a change of the machine's load meets all alike. Medians and quartiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import optimizers
+from curvature import KFAC, EmpiricalFisherDiagonal, Hessian, LossGraph, estimate
+from curvature.problem import Problem
+from tests.benchmarks.test_products import Setting, gpt, mlp, peak_bytes
+
+MODELS: dict[str, Callable[[], Setting]] = {"mlp": mlp, "gpt": gpt}
+
+LIMITS: dict[str, dict[str, float]] = {
+    "mlp": {
+        "hessian product, time": 2.5,
+        "hessian product, peak memory": 2.5,
+        "per-sample empirical Fisher": 1.5,
+        "K-FAC factors, mc": 1.5,
+        "K-FAC factors, empirical": 1.5,
+        "K-FAC factors, forward-only": 1.5,
+        "step, kfac": 1.5,
+        "step, soap": 2.0,
+        "step, adahessian": 2.5,
+        "step, sophia-h": 1.2,
+    },
+    "gpt": {
+        "hessian product, time": 4.0,
+        "hessian product, peak memory": 2.5,
+        "per-sample empirical Fisher": 1.5,
+        "K-FAC factors, mc": 1.5,
+        "K-FAC factors, empirical": 1.5,
+        "K-FAC factors, forward-only": 1.5,
+        "step, kfac": 1.3,
+        "step, soap": 1.4,
+        "step, adahessian": 3.0,
+        "step, sophia-h": 1.2,
+    },
+}
+"""What is to hold; figures without a limit are there to compare with."""
+
+STEPS: dict[str, tuple[int, Callable[[torch.nn.Module], torch.optim.Optimizer]]] = {
+    "adamw": (1, lambda m: torch.optim.AdamW(m.parameters(), lr=1e-4, fused=True)),
+    "sophia-h": (10, lambda m: optimizers.SophiaH(m.parameters(), lr=1e-5)),
+    "adahessian": (1, lambda m: optimizers.AdaHessian(m.parameters(), lr=1e-3)),
+    "adahessian, interval 2": (2, lambda m: optimizers.AdaHessian(m.parameters(), lr=1e-3, interval=2)),
+    "soap": (10, lambda m: optimizers.SOAP(m.parameters(), lr=1e-4)),
+    "kfac": (20, lambda m: optimizers.KFAC(m, lr=0.1, damping="fixed")),
+    "kfac, factors every 10": (20, lambda m: optimizers.KFAC(m, lr=0.1, damping="fixed", factor_interval=10)),
+}
+"""Steps of one refresh interval, and how the optimizer is made; defaults but for the learning rate."""
+
+
+def quartiles(ratios: list[float]) -> dict[str, float]:
+    """Median, lower and upper quartile."""
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return {"ratio": round(middle, 3), "lower": round(low, 3), "upper": round(high, 3)}
+
+
+def compared(work: dict[str, Callable[[], object]], base: str, rounds: int) -> dict[str, dict[str, float]]:
+    """Seconds of every piece in ``base``'s of the same round."""
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for number in range(rounds + 1):
+        for name in list(work) if number % 2 else reversed(list(work)):
+            start = time.perf_counter()
+            work[name]()
+            if number:  # the first is for caches
+                times[name].append(time.perf_counter() - start)
+    reference = statistics.median(times[base])
+    found = {name: quartiles([t / reference for t in own]) for name, own in times.items()}
+    found[base]["seconds"] = round(reference, 6)
+    return found
+
+
+def gradient_of(setting: Setting) -> Callable[[], object]:
+    """One gradient by ``torch.autograd.grad``."""
+    model, loss_fn, x, y = setting
+    params = list(model.parameters())
+    return lambda: torch.autograd.grad(loss_fn(model(x), y), params)
+
+
+def products(setting: Setting, rounds: int) -> dict[str, dict[str, float]]:
+    """A Hessian-vector product by the default, in time and peak memory."""
+    model, loss_fn, x, y = setting
+    v = [torch.randn_like(p) for p in model.parameters()]
+    operator = estimate(Hessian(), model, loss_fn, [(x, y)])
+    gradient = gradient_of(setting)
+    found = compared(
+        {"gradient": gradient, "hessian product, time": lambda: operator.matvec(v)}, "gradient", rounds
+    )
+    fresh = Hessian().estimate(Problem(model, loss_fn, [(x, y)]))
+    peak = max(peak_bytes(lambda: fresh.matvec(v)) for _ in range(2)) / peak_bytes(gradient)
+    return {**found, "hessian product, peak memory": {"ratio": round(peak, 3)}}
+
+
+def diagonals(setting: Setting, rounds: int) -> dict[str, dict[str, float]]:
+    """The per-sample empirical Fisher, its own forward pass included."""
+    model, loss_fn, x, y = setting
+    estimator = EmpiricalFisherDiagonal(samples="per_sample")
+    work: dict[str, Callable[[], object]] = {
+        "gradient": gradient_of(setting),
+        "per-sample empirical Fisher": lambda: estimate(estimator, model, loss_fn, [(x, y)]),
+    }
+    return compared(work, "gradient", rounds)
+
+
+def factors(setting: Setting, rounds: int) -> dict[str, dict[str, float]]:
+    """K-FAC's factors, on top of the gradient with which they share a forward pass."""
+    model, loss_fn, x, y = setting
+    params = list(model.parameters())
+    found: dict[str, dict[str, float]] = {}
+    for fisher in ("mc", "empirical", "forward-only"):
+        kfac = KFAC(model, fisher=fisher)  # type: ignore[arg-type]
+        state = kfac.init(params)
+
+        def both(kfac: KFAC = kfac, state: Any = state) -> None:
+            z = model(x)
+            graph = LossGraph(loss_fn(z, y), params, z)
+            kfac.measure(state, graph)
+            graph.gradient()
+            graph.release()
+
+        both()
+        ratio = compared({"gradient": gradient_of(setting), "both": both}, "gradient", rounds)["both"]
+        found[f"K-FAC factors, {fisher}"] = {key: round(value - 1, 3) for key, value in ratio.items()}
+    return found
+
+
+def training_steps(setting: Callable[[], Setting], intervals: int) -> dict[str, dict[str, float]]:
+    """Whole steps, the mean over whole intervals, AdamW's timed anew before and after each contender."""
+    made: dict[str, Callable[[], float]] = {}
+    for name, (_, make) in STEPS.items():
+        model, loss_fn, x, y = setting()
+        optimizer = make(model.train())
+
+        def step(
+            model: Any = model, loss_fn: Any = loss_fn, x: Any = x, y: Any = y, optimizer: Any = optimizer
+        ) -> float:
+            start = time.perf_counter()
+            optimizer.zero_grad()
+            outputs = model(x)
+            loss = loss_fn(outputs, y)
+            if isinstance(optimizer, optimizers.SecondOrder):
+                optimizer.backward(loss, outputs)
+            else:
+                loss.backward()
+            optimizer.step()
+            return time.perf_counter() - start
+
+        made[name] = step
+    found: dict[str, dict[str, float]] = {}
+    for name, (interval, _) in STEPS.items():
+        if name == "adamw":
+            continue
+        # the first interval is for caches, and holds the refresh of every layer at once
+        for _ in range(interval + 1):
+            made[name]()
+        length = max(interval, 4) * intervals
+        beside = [made["adamw"]() for _ in range(10)][2:]
+        own = [made[name]() for _ in range(length)]
+        beside += [made["adamw"]() for _ in range(10)][2:]
+        reference, mean = statistics.median(beside), statistics.fmean(own)
+        found[f"step, {name}"] = {
+            "ratio": round(mean / reference, 3),
+            "worst step / mean": round(max(own) / mean, 3),
+            "adamw seconds": round(reference, 6),
+        }
+    return found
+
+
+def main() -> None:
+    """Measure, print the table, and write it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", choices=["products", "diagonals", "factors", "steps"])
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--intervals", type=int, default=1)
+    asked = parser.parse_args()
+    torch.set_num_threads(2)
+    results: dict[str, Any] = {}
+    if asked.json is not None and asked.json.exists():
+        results = json.loads(asked.json.read_text())
+    results["machine"] = {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "processor": platform.machine(),
+    }
+    for name in asked.models:
+        own = results.setdefault(name, {})
+        for part in (products, diagonals, factors):
+            if asked.only in (None, part.__name__):
+                own.update(part(MODELS[name](), asked.rounds))
+        if asked.only in (None, "steps"):
+            own.update(training_steps(MODELS[name], asked.intervals))
+        for what, figure in own.items():
+            limit = LIMITS[name].get(what)
+            if limit is not None:
+                figure["limit"] = limit
+            told = ", ".join(f"{key} {value}" for key, value in figure.items())
+            print(f"{name}: {what:32} {told}", flush=True)
+    if asked.json is not None:
+        asked.json.parent.mkdir(parents=True, exist_ok=True)
+        asked.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""The diagonal step in blocks equals the general path, which writes every vector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from curvature import AdaHessianDiagonal, FlooredDiagonal, HutchinsonDiagonal
+from optimizers import AdaHessian, SecondOrder, SophiaH, blocked, diagonal_step
+from optimizers.momentum import PlainMean, RunningMean
+from trust_region import Box, FixedRadius, TrustRegion, Unbounded
+
+FIELDS = ("predicted_reduction", "step_norm", "damping", "radius")
+
+CASES: dict[str, Callable[[list[Tensor]], SecondOrder]] = {
+    "sophia": lambda p: SophiaH(p, lr=0.01, gamma=0.5, rho=0.5, weight_decay=0.1, interval=3),
+    "adahessian": lambda p: AdaHessian(p, lr=0.1, weight_decay=0.05),
+    "box with damping": lambda p: SecondOrder(
+        p,
+        lr=0.05,
+        curvature=FlooredDiagonal(HutchinsonDiagonal(interval=2), scale=2.0, floor=0.1),
+        trust_region=TrustRegion(region=Box(), radius=FixedRadius(0.3, damping=0.2)),
+        momentum=PlainMean(0.5),
+    ),
+    "half power": lambda p: SecondOrder(
+        p,
+        lr=torch.tensor(0.05),
+        curvature=AdaHessianDiagonal(power=0.5),
+        trust_region=TrustRegion(region=Unbounded(), radius=FixedRadius(damping=0.1)),
+        momentum=RunningMean(0.9),
+    ),
+}
+
+
+def trained(make: Callable[[list[Tensor]], SecondOrder]) -> tuple[list[Tensor], list[list[float]]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 3)).double()
+    x, y = torch.randn(8, 5).double(), torch.randint(0, 3, (8,))
+    params: list[Tensor] = list(model.parameters())
+    optimizer = make(params)
+    told = []
+    for _ in range(7):
+        optimizer.zero_grad()
+        optimizer.backward(nn.functional.cross_entropy(model(x), y))
+        optimizer.step()
+        told.append([float(optimizer.step_info[name]) for name in FIELDS])
+    state = [m for p in params for m in optimizer.state[p].values() if isinstance(m, Tensor)]
+    return [*(p.detach() for p in params), *state], told
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_blocks_take_the_general_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocked, "BLOCK", 7)  # more than one block a tensor, the last one shorter
+    taken: list[Any] = []
+    step_ = diagonal_step.step_
+    monkeypatch.setattr(diagonal_step, "step_", lambda *a: taken.append(1) or step_(*a))
+    fast, fast_told = trained(CASES[name])
+    assert len(taken) == 7
+    monkeypatch.setattr(diagonal_step, "suits", lambda *a: False)
+    general, told = trained(CASES[name])
+    for a, b in zip(fast, general, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(torch.tensor(fast_told), torch.tensor(told), rtol=1e-6, atol=1e-10)
+
+
+def test_curvature_that_may_be_negative_is_left_to_the_general_path() -> None:
+    w = torch.nn.Parameter(torch.tensor([2.0, -1.0]))
+    optimizer = SecondOrder(
+        [w],
+        lr=0.1,
+        curvature=HutchinsonDiagonal(),
+        trust_region=TrustRegion(region=Box(), radius=FixedRadius(1.0)),
+        momentum=0.9,
+    )
+    optimizer.backward((torch.tensor([1.0, -1.0]) * w**2).sum())
+    optimizer.step()
+    torch.testing.assert_close(w.data, torch.tensor([1.9, -1.1]))  # the concave element goes to the boundary
