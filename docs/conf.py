@@ -88,7 +88,7 @@ intersphinx_mapping = {
 }
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|numpy|np|scipy|sklearn|matplotlib|optuna|typer|rich|pooch|nn)\..*"),
-    (r"py:.*", r"(collections|enum|dataclasses|pathlib|typing|types|abc|fractions|os)\..*"),
+    (r"py:.*", r"(collections|enum|dataclasses|pathlib|typing|types|abc|fractions|os|weakref)\..*"),
     # Names that annotations use unqualified, because they are imported for type checking only.
     (r"py:.*", r"(Tensor|Module|Parameter|Generator|Callable|Iterable|Iterator|Sequence|Mapping|Any|Path)"),
     (r"py:.*", r"(ParamsT|ProcessGroup|LinearOperator)"),

@@ -26,7 +26,7 @@ def check_layer_rule(
 
     For every cotangent of the output Σ_p g_p [a_p; 1]ᵀ must be the gradient at [W, b] that autograd gives: the one
     fact on which both Kronecker factors rest. It is checked for one call and for two calls of the module in one
-    loss; and :meth:`LayerRule.from_matrix` must undo :meth:`LayerRule.to_matrix`.
+    loss; and ``from_matrix`` must undo ``to_matrix``.
 
     Args:
         module: the layer, in float64.
