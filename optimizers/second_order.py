@@ -44,9 +44,9 @@ class SecondOrder(torch.optim.Optimizer):
             :class:`optimizers.momentum.Momentum`; 0 keeps none.
         weight_decay: λ >= 0, decoupled: θ ← θ - ηλθ.
         maximize: climb in place of descending; for curvature that needs only gradients.
-        compile: ``True`` takes the step in kernels by ``torch.compile``, ``"auto"`` does on an accelerator (and says so
-            once where no compiler works), ``False`` never. Without: foreach calls, and on a CPU block by block where
-            the step is one formula an element (SOAA, Adam, AdamW).
+        compile: ``True`` takes the step in kernels by ``torch.compile``, for compositions whose step is one formula an
+            element (SOAA, Adam, AdamW; another is refused); ``"auto"`` does so on an accelerator, where it can, and
+            says once where no compiler works; ``False`` never. Without: foreach calls, on a CPU block by block.
         process_group: the data-parallel ranks over which losses and statistics are averaged: ``"auto"`` is the default
             group where ``torch.distributed`` is initialised, ``None`` nobody. Sharded parameters know theirs.
 
@@ -86,6 +86,14 @@ class SecondOrder(torch.optim.Optimizer):
         self.momentum: Momentum = RunningMean(momentum) if isinstance(momentum, (int, float)) else momentum
         if compile not in (True, False, "auto"):
             raise ValueError(f'compile must be True, False or "auto", got {compile!r}')
+        if (
+            compile is True
+            and elementwise.formula_of(self.curvature, self.trust_region, self.momentum) is None
+        ):
+            raise ValueError(
+                "compile=True takes compositions whose step is one formula an element (SOAA with one scale, Adam, AdamW), "
+                f'got {type(self.curvature).__name__} with {self.trust_region}: leave compile at "auto"'
+            )
         self.compile = compile
         self.process_group = process_group
         self.needs: Needs = self.curvature.needs | self.trust_region.needs
@@ -352,6 +360,7 @@ class SecondOrder(torch.optim.Optimizer):
         if self._moved_compiled(loss, scale):
             return
         self._settle()
+        self._path = None  # built anew, for counts that no longer agree
         gradient = scale.unscaled(self._gradient())
         if all(g is None for g in gradient):
             return

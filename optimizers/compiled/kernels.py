@@ -1,8 +1,8 @@
 """The two passes of an elementwise step over rows, compiled once for all tensors of a kind.
 
 Legend (see ``optimizers.elementwise``): g gradient, m and v running means of g and g², u the step at learning rate 1.
-A *table* has a row for every row of elements, its columns named below. Both passes form the new m and v; only the
-second writes them.
+A *table* holds the numbers of a leaf (see :mod:`optimizers.compiled.rows`), its columns named below. Both passes form
+the new m and v; only the second writes them.
 
 - :func:`observe` reads (g, m, v) and writes nothing but sums: those of the new m and v that scale the step, whether g
   is finite, and what the *previous* step predicted, which the old m and v still tell.
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from optimizers.compiled.rows import WIDTH
 
-LEAVES = 4
+LEAVES = 8
 """Leaves a call: fewer calls against longer compilation. Calls with fewer are filled up with rows of ones."""
 
 COLUMNS = (
@@ -48,40 +48,41 @@ STILL = (0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0)
 """A row with which nothing changes."""
 
 INPUTS = ("mean_kept", "mean_gain", "curvature", "eps")
-"""Columns of what :func:`observe` is given a row: 1 - w and w·(gradient_scale) of the new m, then the *previous* step's
-κ and ε′ (see :func:`_direction`)."""
+"""Columns of what :func:`observe` is given a leaf: 1 - w and w·(gradient_scale) of the new m, then the *previous*
+step's κ and ε′ (see :func:`_direction`)."""
 
 SUMS = ("mean_square", "moment", "gradient_square", "finite", "linear", "quadratic")
-"""Rows of what :func:`observe` returns: Σm², Σv (the old one), Σg², 0 or NaN, and of the previous step Σmw and Σvw²."""
+"""What :func:`observe` returns of a leaf: Σm², Σv (the old one), Σg², 0 or NaN, and of the previous step Σmw, Σvw²."""
 
 PREDICTED = ("linear", "quadratic", "square", "inside")
-"""Rows of what :func:`predict` returns: Σmw, Σvw², Σw² and the elements that the first branch decided."""
+"""What :func:`predict` returns of a leaf: Σmw, Σvw², Σw² and the elements that the first branch decided."""
 
 (_G, _W1, _B2, _W2, _C1, _C2, _D, _K, _EPS, _LR, _KEPT, _Q) = range(len(COLUMNS))
 
 
-def _column(table: Tensor, index: int) -> Tensor:
-    return table[:, index : index + 1]
+def _total(parts: Sequence[Tensor]) -> Tensor:
+    """The sum of every part, rows first: over a dynamic length it would be cascaded, which takes far longer."""
+    return torch.stack([part.sum(1).sum() for part in parts])
 
 
 def _moments(g: Tensor, m: Tensor, v: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    g = g * _column(table, _G)
+    g = g * table[_G]
     return (
         g,
-        m + (g - m) * _column(table, _W1),
-        v * _column(table, _B2) + (g * g) * _column(table, _W2),
+        m + (g - m) * table[_W1],
+        v * table[_B2] + (g * g) * table[_W2],
     )
 
 
 def _step(m: Tensor, v: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """m̂, v̂, u and where the first branch decided."""
-    mean, moment = m * _column(table, _C1), v * _column(table, _C2)
+    mean, moment = m * table[_C1], v * table[_C2]
     rms = moment.sqrt()
-    curvature = _column(table, _K)
+    curvature = table[_K]
     # Without the first branch its factor is 0, and 0 times a moment that overflowed is not a number.
     curved = torch.where(curvature == 0.0, 0.0, moment * curvature)
     largest = torch.maximum(curved, rms)
-    u = _column(table, _D) * mean / (largest + _column(table, _EPS))
+    u = table[_D] * mean / (largest + table[_EPS])
     return mean, moment, u, largest > rms
 
 
@@ -89,7 +90,7 @@ def _direction(m: Tensor, v: Tensor, curvature: Tensor, eps: Tensor) -> tuple[Te
     """w = m / (max(κv, √v) + ε′), of which u is a multiple; and both sides of the maximum.
 
     With c₁ and c₂ the bias corrections, κ = d(1+s)/√c₂, ε′ = ε√c₂ and u = (d√c₂/c₁) w. Numbers that are the same for a
-    whole row are multiplied in after the sum, since arithmetic is what this pass costs.
+    whole leaf are multiplied in after the sum, since arithmetic is what this pass costs.
     """
     rms = v.sqrt()
     largest = torch.maximum(v * curvature, rms)
@@ -102,31 +103,31 @@ def observe(
     v: Sequence[Tensor],
     inputs: Sequence[Tensor],
 ) -> list[Tensor]:
-    """:data:`SUMS` of every row, (sums, rows) a leaf.
+    """:data:`SUMS` of every leaf.
 
     Args:
         g: gradients.
         m: means before this step.
         v: second moments before this step.
-        inputs: :data:`INPUTS` of every row.
+        inputs: :data:`INPUTS` of every leaf.
     """
     found = []
     for g_i, m_i, v_i, x in zip(g, m, v, inputs, strict=True):
-        w, _, _ = _direction(m_i, v_i, _column(x, 2), _column(x, 3))
+        w, _, _ = _direction(m_i, v_i, x[2], x[3])
         g_i = g_i.to(v_i.dtype)
-        m_new = m_i * _column(x, 0) + g_i * _column(x, 1)
+        m_new = m_i * x[0] + g_i * x[1]
         parts = (m_new * m_new, v_i, g_i * g_i, g_i * 0.0, m_i * w, v_i * (w * w))
-        found.append(torch.stack([part.sum(1) for part in parts]))
+        found.append(_total(parts))
     return found
 
 
 def predict(m: Sequence[Tensor], v: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """:data:`PREDICTED` of every row, (sums, rows) a leaf; m and v as the step left them."""
+    """:data:`PREDICTED` of every leaf; m and v as the step left them."""
     found = []
     for m_i, v_i, x in zip(m, v, inputs, strict=True):
-        w, largest, rms = _direction(m_i, v_i, _column(x, 2), _column(x, 3))
+        w, largest, rms = _direction(m_i, v_i, x[2], x[3])
         parts = (m_i * w, v_i * (w * w), w * w, (largest > rms).to(v_i.dtype))
-        found.append(torch.stack([part.sum(1) for part in parts]))
+        found.append(_total(parts))
     return found
 
 
@@ -142,15 +143,15 @@ def move_(
     for p_i, g_i, m_i, v_i, table in zip(p, g, m, v, tables, strict=True):
         _, m_new, v_new = _moments(g_i, m_i, v_i, table)
         _, _, u, _ = _step(m_new, v_new, table)
-        moved = p_i * _column(table, _KEPT) - _column(table, _LR) * u
+        moved = p_i * table[_KEPT] - table[_LR] * u
         m_i.copy_(torch.where(finite, m_new, m_i))
         v_i.copy_(torch.where(finite, v_new, v_i))
         p_i.copy_(torch.where(finite, moved, p_i))
 
 
 def all_zero(g: Sequence[Tensor]) -> list[Tensor]:
-    """Σ 0·g of every row: 0, or NaN where an element is not finite."""
-    return [(g_i * 0.0).sum(1) for g_i in g]
+    """Σ 0·g of every leaf: 0, or NaN where an element is not finite."""
+    return [(g_i * 0.0).sum(1).sum() for g_i in g]
 
 
 @dataclass(frozen=True)
@@ -186,9 +187,9 @@ class Kernels:
 
         self._p, self._g = leaves(WIDTH, kind.param), leaves(WIDTH, kind.gradient)
         self._m, self._v = leaves(WIDTH, kind.state), leaves(WIDTH, kind.state)
-        self._table, self._inputs = leaves(len(COLUMNS), kind.state), leaves(len(INPUTS), kind.state)
-        for table in self._table:  # filling stays as it is, whatever the number of steps
-            table.copy_(table.new_tensor(STILL))
+        # filling stays as it is, whatever the number of steps
+        self._table = [torch.tensor(STILL, dtype=kind.state, device=kind.device) for _ in sizes]
+        self._inputs = [torch.ones(len(INPUTS), dtype=kind.state, device=kind.device) for _ in sizes]
         yes = torch.ones((), dtype=torch.bool, device=kind.device)
         self._passes: dict[str, tuple[Callable[..., Any], list[list[Tensor]], list[Any]]] = {
             "observe": (compiled(observe), [self._g, self._m, self._v, self._inputs], []),

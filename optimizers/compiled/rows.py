@@ -1,10 +1,10 @@
-"""Tensors of any shapes as few lists of rows, so that one compiled kernel serves them all.
+"""Tensors of any shapes as few matrices of rows, so that one compiled kernel serves them all.
 
 A compiler specialises on shapes: one kernel a tensor is minutes of compilation for a language model. Here every
-tensor is seen as rows of :data:`WIDTH` elements with a dynamic number of rows. Large tensors are viewed where they lie
-(*leaves*). What is left over, small tensors and the ends of large ones, is copied for the time of a step into one
-*pool* of rows, each of which belongs to one tensor. Numbers of a tensor (its learning rate, its bias corrections) are
-given a row at a time, so a kernel need not know where tensors begin.
+tensor is seen as rows of :data:`WIDTH` elements with a dynamic number of rows. Large tensors are viewed where they lie.
+What is left over, small tensors and the ends of large ones, is copied for the time of a step into a *pool*: one for
+every *class* of tensors, which have all their numbers (learning rate, bias corrections) in common. A *leaf* is one of
+these matrices; every leaf has one class.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ WIDTH = 1024
 """Elements a row."""
 
 SMALLEST_LEAF = 1 << 14
-"""Elements below which a tensor is copied into the pool: a call for it would cost more than its arithmetic."""
+"""Elements below which a tensor is copied into a pool: a kernel of its own would cost more than its arithmetic."""
 
 ALIGNMENT = 16
-"""Bytes: accelerator kernels load vectors of that size, and rows that start elsewhere go to the pool."""
+"""Bytes: accelerator kernels load vectors of that size, and tensors that start elsewhere are copied."""
 
 
 @dataclass(frozen=True)
@@ -30,100 +30,86 @@ class Layout:
     """How a list of tensors is seen as rows.
 
     Args:
-        leaves: (tensor, rows) of every large tensor.
-        pieces: (tensor, first element, elements, rows) of what goes to the pool.
-        owner: the tensor of every row, leaves first, then the pool; on the tensors' device.
-        split: rows of every leaf, then of the pool.
+        heads: (tensor, rows) of every large tensor.
+        pieces: for every class, (tensor, first element, elements) of what goes to its pool.
+        classes: the class of every leaf: heads first, then the pools.
     """
 
-    leaves: tuple[tuple[int, int], ...]
-    pieces: tuple[tuple[int, int, int, int], ...]
-    owner: Tensor
-    split: tuple[int, ...]
+    heads: tuple[tuple[int, int], ...]
+    pieces: tuple[tuple[tuple[int, int, int], ...], ...]
+    classes: tuple[int, ...]
 
     @classmethod
-    def of(cls, *lists: Sequence[Tensor]) -> Layout:
+    def of(cls, classes: Sequence[int], *lists: Sequence[Tensor]) -> Layout:
         """The layout of lists of contiguous tensors of equal shapes.
 
         Args:
-            lists: the parameters and their state; a tensor that lies unaligned in any of them is no leaf.
+            classes: the class of every tensor.
+            lists: the parameters and their state; a tensor that lies unaligned in any of them is copied whole.
         """
-        first = lists[0]
-        leaves, pieces = [], []
-        for i, x in enumerate(first):
+        heads: list[tuple[int, int]] = []
+        pieces: list[list[tuple[int, int, int]]] = [[] for _ in range(max(classes) + 1)]
+        for i, (kind, x) in enumerate(zip(classes, lists[0], strict=True)):
             aligned = all(tensors[i].data_ptr() % ALIGNMENT == 0 for tensors in lists)
             rows = x.numel() // WIDTH if aligned and x.numel() >= SMALLEST_LEAF else 0
             if rows:
-                leaves.append((i, rows))
-            rest = x.numel() - rows * WIDTH
-            if rest:
-                pieces.append((i, rows * WIDTH, rest, -(-rest // WIDTH)))
-        split = [rows for _, rows in leaves]
-        owner = torch.repeat_interleave(
-            torch.tensor([i for i, _ in leaves] + [i for i, *_ in pieces], dtype=torch.long),
-            torch.tensor(split + [rows for *_, rows in pieces], dtype=torch.long),
-        )
+                heads.append((i, rows))
+            if x.numel() > rows * WIDTH:
+                pieces[kind].append((i, rows * WIDTH, x.numel() - rows * WIDTH))
+        pools = [kind for kind, held in enumerate(pieces) if held]
         return cls(
-            tuple(leaves),
-            tuple(pieces),
-            owner.to(first[0].device),
-            (*split, sum(rows for *_, rows in pieces)),
+            tuple(heads),
+            tuple(tuple(pieces[kind]) for kind in pools),
+            (*(classes[i] for i, _ in heads), *pools),
         )
 
-    @property
-    def pooled_rows(self) -> int:
-        """Rows of the pool."""
-        return self.split[-1]
+    def views(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The large tensors as (rows, WIDTH) views."""
+        return [torch.as_strided(tensors[i], (r, WIDTH), (WIDTH, 1)) for i, r in self.heads]
 
-    def heads(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The leaves of ``tensors`` as (rows, WIDTH) views."""
-        return [torch.as_strided(tensors[i], (r, WIDTH), (WIDTH, 1)) for i, r in self.leaves]
-
-    def rests(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The pieces of ``tensors`` that go to the pool, as flat views."""
+    def rests(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+        """The pieces that go to every pool, as flat views."""
         return [
-            torch.as_strided(tensors[i], (n,), (1,), tensors[i].storage_offset() + a)
-            if a
-            else tensors[i].view(-1)
-            for i, a, n, _ in self.pieces
+            [
+                torch.as_strided(tensors[i], (n,), (1,), tensors[i].storage_offset() + a)
+                if a
+                else tensors[i].view(-1)
+                for i, a, n in held
+            ]
+            for held in self.pieces
         ]
 
-    def pool(self, like: Tensor) -> Pool:
-        """A pool of zeros in the dtype of ``like``."""
-        rows = torch.zeros(self.pooled_rows, WIDTH, dtype=like.dtype, device=like.device)
-        flat, slots, start = rows.view(-1), [], 0
-        for _, _, n, r in self.pieces:
-            slots.append(flat[start : start + n])
-            start += r * WIDTH
-        return Pool(rows, slots)
-
-    def of_rows(self, table: Tensor) -> list[Tensor]:
-        """Rows of ``table`` (one a tensor) given out to every row: one matrix a leaf, and the pool's."""
-        return list(table.index_select(0, self.owner).split(self.split))
-
-    def weighted(self, sums: Tensor, weights: Tensor) -> Tensor:
-        """Σ over rows of (sums, rows) ``sums``, each row weighted by its tensor's (tensors, sums) ``weights``."""
-        return (sums * weights.index_select(0, self.owner).t()).sum(1)
+    def pools(self, dtype: torch.dtype, device: torch.device) -> list[Pool]:
+        """Pools of zeros."""
+        return [Pool.of([n for _, _, n in held], dtype, device) for held in self.pieces]
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Rows that small tensors are copied into; what no tensor fills stays 0.
+    """Rows that small tensors are copied into, one after another; what no tensor fills stays 0.
 
     Args:
-        rows: the matrix.
+        rows: the matrix, two rows or more, since a compiler takes one row for a case of its own.
+        filled: its elements that tensors fill, flat.
         slots: where every piece lies in it, flat.
     """
 
     rows: Tensor
+    filled: Tensor
     slots: list[Tensor]
+
+    @classmethod
+    def of(cls, sizes: Sequence[int], dtype: torch.dtype, device: torch.device) -> Pool:
+        """A pool for pieces of these sizes."""
+        total = sum(sizes)
+        rows = torch.zeros(max(2, -(-total // WIDTH)), WIDTH, dtype=dtype, device=device)
+        filled = rows.view(-1)[:total]
+        return cls(rows, filled, list(filled.split(list(sizes))))
 
     def gather(self, pieces: Sequence[Tensor]) -> None:
         """Copy the pieces in."""
-        if self.slots:
-            torch._foreach_copy_(self.slots, list(pieces))
+        torch.cat(list(pieces), out=self.filled)
 
     def scatter(self, pieces: Sequence[Tensor]) -> None:
         """Copy the pieces out."""
-        if self.slots:
-            torch._foreach_copy_(list(pieces), self.slots)
+        torch._foreach_copy_(list(pieces), self.slots)

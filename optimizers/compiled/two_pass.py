@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -103,7 +102,7 @@ class Taken:
     """A step that was taken and whose prediction is not settled.
 
     Args:
-        table: its numbers, one row a tensor.
+        table: its numbers, one row a class.
         finite: whether it moved anything, 0-d bool.
     """
 
@@ -133,17 +132,45 @@ class _Bound:
     pointers: list[int]
     kernels: Kernels
     layout: Layout
-    group: Tensor
-    heads: tuple[list[Tensor], list[Tensor], list[Tensor]]
-    rests: tuple[list[Tensor], list[Tensor], list[Tensor]]
-    pools: tuple[Pool, Pool, Pool, Pool]
+    class_of: Sequence[int]
+    groups: Tensor
+    leaf_class: Tensor
+    heads: list[list[Tensor]]
+    rests: list[list[list[Tensor]]]
+    pools: list[list[Pool]]
 
     def gather(self, which: Sequence[int]) -> None:
         for i in which:
-            self.pools[i].gather(self.rests[i])
+            for pool, pieces in zip(self.pools[i], self.rests[i], strict=True):
+                pool.gather(pieces)
 
-    def rows(self, i: int) -> list[Tensor]:
-        return [*self.heads[i], self.pools[i].rows]
+    def scatter(self, which: Sequence[int]) -> None:
+        for i in which:
+            for pool, pieces in zip(self.pools[i], self.rests[i], strict=True):
+                pool.scatter(pieces)
+
+    def leaves(self, i: int) -> list[Tensor]:
+        return [*self.heads[i], *(pool.rows for pool in self.pools[i])]
+
+    def counts(self, x: Tensors) -> Tensor:
+        """Gradients taken in by m, then by v, a class."""
+        first = [self.class_of.index(kind) for kind in range(len(self.groups))]
+        return torch.stack([x.steps[i] for i in first] + [x.count[i] for i in first]).view(2, -1)
+
+    def set_counts(self, x: Tensors, counts: Tensor) -> None:
+        """Write them to every tensor; adding to so many 0-d tensors would take longer than a small model's step."""
+        steps, count = (row.unbind() for row in counts.unbind())
+        source = [steps[k] for k in self.class_of] + [count[k] for k in self.class_of]
+        torch._foreach_copy_([*x.steps, *x.count], source)
+
+    def given_out(self, table: Tensor) -> list[Tensor]:
+        """Every leaf's row of a table with one row a class."""
+        rows = table.unbind()
+        return [rows[kind] for kind in self.layout.classes]
+
+    def weighted(self, sums: list[Tensor], weights: Tensor) -> Tensor:
+        """Σ over leaves of their sums, each weighted by its class's row."""
+        return (torch.stack(sums) * weights.index_select(0, self.leaf_class)).sum(0)
 
 
 class TwoPass:
@@ -154,7 +181,7 @@ class TwoPass:
         policy: the radius policy, which decides what a prediction is.
 
     Cost: 36 bytes a float32 parameter and step read or written (fused AdamW: 28), 20 without the first pass's need
-    of m and v; kernels compile once a process. Small tensors are copied into a pool, 4 to 16 kB each.
+    of m and v; kernels compile once a process. Small tensors are copied into a pool of their own size.
     """
 
     def __init__(self, formula: Formula, policy: object) -> None:
@@ -190,7 +217,7 @@ class TwoPass:
         """
         bound = self._bind(x, kind)
         bound.kernels.prepare("observe" if self.observes else "all_zero", "move_")
-        counts = torch.stack([*x.steps, *x.count])
+        counts = bound.counts(x)
         grads, table = self._gradient_rows(bound, gradient), self._table(bound, counts, options, kind.state)
         table[:, _INDEX["radius"]] = radius
         settled: Settled | None = None
@@ -205,19 +232,16 @@ class TwoPass:
             if self.taken is not None:
                 settled = Settled(_known(sums["predicted"], self.taken))
         else:
-            finite = decide(torch.cat(bound.kernels.run("all_zero", [grads])).sum() == 0.0)
+            finite = decide(torch.stack(bound.kernels.run("all_zero", [grads])).sum() == 0.0)
         if self.formula.interior:
             table[:, _INDEX["curvature"]] = radius * scale
         lr = table[:, _INDEX["lr"]]
         table[:, _INDEX["quadratic"]] = quadratic_weight(self.policy, lr, scale)
         bound.gather((0,))
-        rows = [bound.rows(i) for i in range(3)]
-        bound.kernels.run("move_", [rows[0], grads, rows[1], rows[2], bound.layout.of_rows(table)], finite)
-        for i in range(3):
-            bound.pools[i].scatter(bound.rests[i])
-        # One sum over all counts: adding to so many 0-d tensors takes a CPU longer than a small model's step.
-        held = [*x.steps, *x.count]
-        torch._foreach_copy_(held, list((counts + finite).unbind()))
+        p, m, v = (bound.leaves(i) for i in range(3))
+        bound.kernels.run("move_", [p, grads, m, v, bound.given_out(table)], finite)
+        bound.scatter((0, 1, 2))
+        bound.set_counts(x, counts + finite)
         self.taken = Taken(table, finite)
         return settled
 
@@ -229,10 +253,10 @@ class TwoPass:
         bound = self._bind(x, kind)
         bound.gather((1, 2))
         step = _Direction.of(taken.table)
-        inputs = bound.layout.of_rows(step.inputs(taken.table))
-        found = torch.cat(bound.kernels.run("predict", [bound.rows(1), bound.rows(2), inputs]), 1)
+        inputs = bound.given_out(step.inputs(taken.table))
+        found = bound.kernels.run("predict", [bound.leaves(1), bound.leaves(2), inputs])
         weights = torch.stack([*step.prediction, step.square, torch.ones_like(step.square)], 1)
-        linear, quadratic, square, inside = bound.layout.weighted(found, weights).unbind()
+        linear, quadratic, square, inside = bound.weighted(found, weights).unbind()
         size = sum(p.numel() for p in x.params)
         return Settled(
             _known(linear + quadratic, taken), _known(square.sqrt(), taken), _known(inside / size, taken)
@@ -241,9 +265,8 @@ class TwoPass:
     def _sums(self, bound: _Bound, grads: list[Tensor], table: Tensor) -> dict[str, Tensor]:
         """What the first pass finds: Σm̂² and Σv̂ of the new m and v, 0 or NaN, and the previous step's P."""
         step = _Direction.of(table if self.taken is None else self.taken.table)
-        layout, columns = bound.layout, table.t()
-        rows = layout.of_rows(step.inputs(table))
-        found = torch.cat(bound.kernels.run("observe", [grads, bound.rows(1), bound.rows(2), rows]), 1)
+        columns, inputs = table.t(), bound.given_out(step.inputs(table))
+        found = bound.kernels.run("observe", [grads, bound.leaves(1), bound.leaves(2), inputs])
         c_1, c_2 = columns[_INDEX["mean_correction"]], columns[_INDEX["moment_correction"]]
         gain = columns[_INDEX["gradient_scale"]].square() * columns[_INDEX["moment_weight"]]
         weights = torch.stack(
@@ -256,7 +279,7 @@ class TwoPass:
             ],
             1,
         )
-        squares, kept, gained, finite, linear, quadratic = layout.weighted(found, weights).unbind()
+        squares, kept, gained, finite, linear, quadratic = bound.weighted(found, weights).unbind()
         return {
             "mean_square": squares,
             "moment": kept + gained,
@@ -268,33 +291,36 @@ class TwoPass:
         pointers = x.pointers()
         if self._bound is None or self._bound.pointers != pointers or self._bound.kernels.kind != kind:
             lists = [[y.detach() for y in tensors] for tensors in (x.params, x.mean, x.second_moment)]
-            layout = Layout.of(*lists)
-            p, m, v = (layout.pool(tensors[0]) for tensors in lists)
-            g = layout.pool(torch.empty(0, dtype=kind.gradient, device=kind.device))
+            class_of, groups = classes(x)
+            layout = Layout.of(class_of, *lists)
+            kinds = (kind.param, kind.state, kind.state, kind.gradient)
             self._bound = _Bound(
                 pointers,
                 kernels_of(kind),
                 layout,
-                torch.tensor(x.group, device=kind.device),
-                cast(Any, tuple(layout.heads(tensors) for tensors in lists)),
-                cast(Any, tuple(layout.rests(tensors) for tensors in lists)),
-                (p, m, v, g),
+                class_of,
+                torch.tensor(groups, device=kind.device),
+                torch.tensor(layout.classes, device=kind.device),
+                [layout.views(tensors) for tensors in lists],
+                [layout.rests(tensors) for tensors in lists],
+                [layout.pools(dtype, kind.device) for dtype in kinds],
             )
         return self._bound
 
     def _gradient_rows(self, bound: _Bound, gradient: Sequence[Tensor]) -> list[Tensor]:
-        pool, layout = bound.pools[3], bound.layout
         if bound.kernels.kind.device.type != "cpu":
             gradient = [g if g.data_ptr() % ALIGNMENT == 0 else g.clone() for g in gradient]
-        pool.gather(layout.rests(gradient))
-        return [*layout.heads(gradient), pool.rows]
+        pools = bound.pools[3]
+        for pool, pieces in zip(pools, bound.layout.rests(gradient), strict=True):
+            pool.gather(pieces)
+        return [*bound.layout.views(gradient), *(pool.rows for pool in pools)]
 
     def _table(self, bound: _Bound, counts: Tensor, options: Options, dtype: torch.dtype) -> Tensor:
-        """The numbers of every tensor that are known before the sums.
+        """The numbers of every class that are known before the sums.
 
         Args:
             bound: the layout.
-            counts: gradients taken in before this step by every m, then by every v.
+            counts: gradients taken in before this step by m, and by v, a class.
             options: hyperparameters of the groups.
             dtype: of the state.
         """
@@ -312,11 +338,23 @@ class TwoPass:
         if options.unscale is not None:
             groups[:, _INDEX["gradient_scale"]] *= options.unscale.to(device, dtype)
         groups[:, _INDEX["kept"]] = 1.0 - groups[:, _INDEX["lr"]] * groups[:, _INDEX["kept"]]
-        table = groups.index_select(0, bound.group)
+        table = groups.index_select(0, bound.groups)
         corrections = table[:, _INDEX["mean_correction"] : _INDEX["moment_correction"] + 1]
-        seen = (counts + 1.0).to(dtype).view(2, -1).t()
+        seen = (counts + 1.0).to(dtype).t()
         corrections.copy_(-1.0 / torch.expm1(seen * corrections))
         return table
+
+
+def classes(x: Tensors) -> tuple[list[int], list[int]]:
+    """The class of every tensor, and the parameter group of every class.
+
+    Tensors of one group whose moments have taken in equally many gradients have all their numbers in common, and do
+    from then on, since a step of this kind has a gradient for each. Waits for the device, when a layout is made.
+    """
+    counts = torch.stack([*x.steps, *x.count]).view(2, -1).t().tolist()
+    keys = [(group, *seen) for group, seen in zip(x.group, counts, strict=True)]
+    order = list(dict.fromkeys(keys))
+    return [order.index(key) for key in keys], [key[0] for key in order]
 
 
 def _log(beta: float) -> float:
@@ -342,7 +380,7 @@ def _known(x: Tensor, taken: Taken) -> Tensor:
 
 @dataclass(frozen=True)
 class _Direction:
-    """What turns the sums over w = m / (max(κv, √v) + ε′) into those over the step u, one number a tensor.
+    """What turns the sums over w = m / (max(κv, √v) + ε′) into those over the step u, one number a class.
 
     Args:
         curvature: κ.
@@ -368,7 +406,7 @@ class _Direction:
         return cls(x["curvature"] * root, x["eps"] / root, prediction, moved * moved)
 
     def inputs(self, table: Tensor) -> Tensor:
-        """:data:`INPUTS` of every tensor: the new means by ``table``, the direction by this."""
+        """:data:`INPUTS` of every class: the new means by ``table``, the direction by this."""
         weight = table[:, _INDEX["mean_weight"]]
         gain = weight * table[:, _INDEX["gradient_scale"]]
         return torch.stack([1.0 - weight, gain, self.curvature, self.eps], 1)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvature import EmpiricalFisherDiagonal
-from optimizers import SOAA, Adam, AdamW, SecondOrder
+from optimizers import SOAA, Adam, AdamW, SecondOrder, build
 from optimizers.compiled import kernels
 from optimizers.compiled.rows import SMALLEST_LEAF, WIDTH, Layout
 from trust_region import RmsBox, SOAARadius, TrustRegion
@@ -350,19 +350,23 @@ def test_two_graphs_whatever_the_number_of_tensors_and_their_shapes() -> None:
 @pytest.mark.parametrize(
     "shapes", [[(3,)], [(WIDTH * 20,)], [(WIDTH * 20 + 1,), (7, 5), (SMALLEST_LEAF,), ()]]
 )
-def test_rows_cover_every_element_once(shapes: list[tuple[int, ...]]) -> None:
+def test_leaves_cover_every_element_once(shapes: list[tuple[int, ...]]) -> None:
     tensors = [torch.arange(float(torch.Size(s).numel())).reshape(s) + 1.0 for s in shapes]
-    layout = Layout.of(tensors)
-    pool = layout.pool(tensors[0])
-    pool.gather(layout.rests(tensors))
-    rows = [*layout.heads(tensors), pool.rows]
-    assert [len(r) for r in rows] == list(layout.split)
-    owners = torch.cat(rows).sum(1)
-    found = torch.zeros(len(shapes)).index_add_(0, layout.owner, owners)
-    torch.testing.assert_close(found, torch.stack([x.sum() for x in tensors]))
-    for x in (*layout.heads(tensors), *layout.rests(tensors)):
+    wanted = [x.double().sum().item() for x in tensors]
+    layout = Layout.of([i % 2 for i in range(len(shapes))], tensors)
+    pools = layout.pools(torch.float32, torch.device("cpu"))
+    for pool, pieces in zip(pools, layout.rests(tensors), strict=True):
+        pool.gather(pieces)
+    leaves = [*layout.views(tensors), *(pool.rows for pool in pools)]
+    assert all(x.shape[0] >= 2 and x.shape[1] == WIDTH for x in leaves)
+    found = [0.0, 0.0]
+    for kind, x in zip(layout.classes, leaves, strict=True):
+        found[kind] += x.double().sum().item()
         x.mul_(2.0)
-    torch.testing.assert_close(torch.stack([x.sum() for x in tensors]), 2.0 * found)
+    assert found == [sum(wanted[::2]), sum(wanted[1::2])]
+    for pool, pieces in zip(pools, layout.rests(tensors), strict=True):
+        pool.scatter(pieces)
+    assert [x.double().sum().item() for x in tensors] == [2.0 * w for w in wanted]
 
 
 def test_the_compiler_failing_is_said_once_and_the_step_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,3 +391,13 @@ def test_the_compiler_failing_is_said_once_and_the_step_is_taken(monkeypatch: py
 def test_compile_says_what_it_takes() -> None:
     with pytest.raises(ValueError, match="compile must be"):
         SOAA(network().parameters(), compile="always")
+
+
+@pytest.mark.parametrize(
+    "make", [lambda p: SOAA(p, scope="tensor", compile=True), lambda p: build("tadam", p, compile=True)]
+)
+def test_a_composition_without_a_compiled_step_is_refused_when_built(make: Any) -> None:
+    with pytest.raises(
+        ValueError, match="compile=True takes compositions whose step is one formula an element"
+    ):
+        make(network().parameters())
