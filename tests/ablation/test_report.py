@@ -52,7 +52,8 @@ def test_browser_draws_the_page_without_a_console_error(written: Path, tmp_path:
     picture = tmp_path / "page.png"
     done = subprocess.run(
         [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
-         "--window-size=500,900", f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={picture}", written.as_uri()],
+         "--window-size=500,900", f"--user-data-dir={tmp_path / 'profile'}",
+         f"--screenshot={picture}", written.as_uri()],
         capture_output=True, text=True, timeout=90, check=False,
     )  # fmt: skip
     assert picture.read_bytes().startswith(b"\x89PNG"), done.stderr
