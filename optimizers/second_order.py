@@ -91,7 +91,8 @@ class SecondOrder(torch.optim.Optimizer):
             and elementwise.formula_of(self.curvature, self.trust_region, self.momentum) is None
         ):
             raise ValueError(
-                "compile=True takes compositions whose step is one formula an element (SOAA with one scale, Adam, AdamW), "
+                "compile=True takes compositions whose step is one formula an element (SOAA with one radius, Adam, "
+                "AdamW), "
                 f'got {type(self.curvature).__name__} with {self.trust_region}: leave compile at "auto"'
             )
         self.compile = compile

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvature import EmpiricalFisherDiagonal
-from optimizers import SOAA, Adam, AdamW, SecondOrder, build
+from optimizers import SOAA, Adam, AdamW, SecondOrder, Tadam
 from optimizers.compiled import kernels
 from optimizers.compiled.rows import SMALLEST_LEAF, WIDTH, Layout
 from trust_region import RmsBox, SOAARadius, TrustRegion
@@ -394,7 +394,7 @@ def test_compile_says_what_it_takes() -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [lambda p: SOAA(p, scope="tensor", compile=True), lambda p: build("tadam", p, compile=True)]
+    "make", [lambda p: SOAA(p, scope="tensor", compile=True), lambda p: Tadam(p, compile=True)]
 )
 def test_a_composition_without_a_compiled_step_is_refused_when_built(make: Any) -> None:
     with pytest.raises(
