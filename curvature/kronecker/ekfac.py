@@ -147,6 +147,7 @@ class EKFAC(KroneckerEstimator):
         return measurement.Accumulators(
             cast("list[Tensor]", statistics["G"]),
             cast("list[Tensor]", statistics["diagonal"]),
+            cast("list[Tensor]", statistics.get("G_transposed", [])),
             {b.root: measured[b.root] for b in known},
             {b.root: learning.basis_of(state, b) for b in known},
         )
@@ -192,13 +193,16 @@ class EKFAC(KroneckerEstimator):
 def with_first_bases(state: State, statistics: Statistics, blocks: Sequence[Block]) -> State:
     """A state in which ``blocks`` have the eigenbases of these statistics; it shares all else with ``state``."""
     trial = dict(state)
-    for key in ("count", "A", "G", "A_values", "G_values", "A_vectors", "G_vectors"):
+    for key in ("count", *learning.KEYS, *(k for k in learning.TRANSPOSED_KEYS if k in state)):
         trial[key] = list(held(state, key))
     for block in blocks:
         i = block.root
         held(trial, "count")[i] = torch.ones_like(held(state, "count")[i])
         held(trial, "A")[i] = learning.normalised(statistics, i)
         held(trial, "G")[i] = cast("list[Tensor]", statistics["G"])[i]
+        if block.transposed is not None:
+            held(trial, "A_transposed")[i] = learning.normalised(statistics, i, "_transposed")
+            held(trial, "G_transposed")[i] = cast("list[Tensor]", statistics["G_transposed"])[i]
     learning.refresh_(trial, blocks, eigh_here)
     return trial
 

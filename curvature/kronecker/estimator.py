@@ -104,12 +104,15 @@ class KroneckerEstimator(Estimator):
         layout = self._layout(params)
         self._record_always()
         state: State = {"step": 0, "draws": 0, "count": [vectors.scalar_like([p]) for p in params]}
-        sizes: dict[str, dict[int, tuple[int, ...]]] = {key: {} for key in self._keys()}
+        keys = (*self._keys(), *learning.TRANSPOSED_KEYS)
+        sizes: dict[str, dict[int, tuple[int, ...]]] = {key: {} for key in keys}
         for block in layout.blocks:
             for key, shape in self._shapes(block).items():
                 sizes[key][block.root] = shape
         for i in layout.diagonal:
             sizes["diagonal"][i] = tuple(params[i].shape)
+        if all(block.transposed is None for block in layout.blocks):
+            sizes = {k: v for k, v in sizes.items() if k not in learning.TRANSPOSED_KEYS}
         for key, shapes in sizes.items():
             state[key] = [
                 torch.zeros(shapes.get(i, (0,)), dtype=vectors.compute_dtype(p.dtype), device=p.device)
@@ -129,6 +132,12 @@ class KroneckerEstimator(Estimator):
             shapes["A"] = shapes["A_vectors"] = (groups, d_in, d_in)
         if self.fisher != "forward-only":
             shapes["G"] = shapes["G_vectors"] = (groups, d_out, d_out)
+        other = block.transposed
+        if other is not None:
+            shapes["G_vectors"] = (groups, d_out, d_out)
+            shapes["A_transposed"] = (1, other.size_in)
+            if self.fisher != "forward-only":
+                shapes["G_transposed"] = (1, other.dims.d_out, other.dims.d_out)
         return shapes
 
     def _layout(self, params: Sequence[Tensor]) -> Layout:
@@ -203,9 +212,9 @@ class KroneckerEstimator(Estimator):
         samples = sample_count(found.weights)
         scales = measurement.scale_calls(layout, trace, modules, params, samples)
         statistics = self._zeros(state, layout, params)
-        A, mass = cast("list[Tensor]", statistics["A"]), cast("list[Tensor]", statistics["mass"])
         for calls in used:
-            i = calls.block.root
+            i, kind = calls.block.root, "_transposed" if calls.block.is_transposed else ""
+            A, mass = (cast("list[Tensor]", statistics[key + kind]) for key in ("A", "mass"))
             measurement.add_inputs_(A[i], mass[i], calls, found, self.sharing)
         diagonal = cast("list[Tensor]", statistics["diagonal"])
         into = self._accumulators(state, layout, statistics)
@@ -225,7 +234,9 @@ class KroneckerEstimator(Estimator):
 
     def _accumulators(self, state: State, layout: Layout, statistics: Statistics) -> measurement.Accumulators:
         return measurement.Accumulators(
-            cast("list[Tensor]", statistics["G"]), cast("list[Tensor]", statistics["diagonal"])
+            cast("list[Tensor]", statistics["G"]),
+            cast("list[Tensor]", statistics["diagonal"]),
+            cast("list[Tensor]", statistics.get("G_transposed", [])),
         )
 
     def _zeros(self, state: State, layout: Layout, params: Sequence[Tensor]) -> Statistics:
@@ -234,6 +245,11 @@ class KroneckerEstimator(Estimator):
         }
         shapes["mass"] = {b.root: (b.dims.groups,) for b in layout.blocks}
         shapes["diagonal"] = {i: tuple(params[i].shape) for i in layout.diagonal}
+        pairs = [b for b in layout.blocks if b.transposed is not None]
+        if pairs:
+            for key in learning.TRANSPOSED_KEYS:
+                shapes[key] = {b.root: self._shapes(b).get(key, (0,)) for b in pairs}
+            shapes["mass_transposed"] = {b.root: (1,) for b in pairs}
         return {key: measurement.zeros(layout, sizes, params) for key, sizes in shapes.items()}
 
     def _output_curvature(self, graph: LossGraph) -> OutputCurvature:

@@ -5,7 +5,7 @@ Nothing here holds a tensor or a module: a layout is copied and pickled with its
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +24,9 @@ class Block:
         modules: the names of the modules that use it; several where a weight is tied.
         weight: index of the weight among the parameters, or ``None``.
         bias: index of the bias among the parameters, or ``None``.
+        transposed: the block that the uses of the same weight with exchanged sides would form, or ``None``: those of an
+            embedding that is tied to the head, whose rows are the head's outputs.
+        is_transposed: whether this is such a block of another.
     """
 
     rule: LayerRule
@@ -31,6 +34,8 @@ class Block:
     modules: tuple[str, ...]
     weight: int | None
     bias: int | None
+    transposed: Block | None = None
+    is_transposed: bool = False
 
     @property
     def root(self) -> int:
@@ -91,9 +96,15 @@ class Layout:
     reasons: dict[str, str] = field(default_factory=dict, compare=False)
 
     @property
+    def with_transposed(self) -> tuple[Block, ...]:
+        """The blocks, each followed by its transposed one."""
+        pairs = ((b, b.transposed) for b in self.blocks)
+        return tuple(b for pair in pairs for b in pair if b is not None)
+
+    @property
     def watched(self) -> tuple[str, ...]:
         """The modules whose calls must be recorded."""
-        blocks = [b.rule.watch(m) for b in self.blocks for m in b.modules]
+        blocks = [b.rule.watch(m) for b in self.with_transposed for m in b.modules]
         return tuple(dict.fromkeys([*blocks, *(s.module for s in self.scales)]))
 
 
@@ -155,7 +166,7 @@ def build_layout(
         uses.append(use)
         if any(i not in (use.weight, use.bias) for i in own):
             reasons[label] = "parameters that its rule does not know"
-    blocks = _merge(uses, reasons)
+    blocks = _merge(_with_known_sharers(uses, modules, index, reasons), reasons)
     covered = {i for b in blocks for i in b.members}
     rest = tuple(i for i in range(len(params)) if i not in covered)
     shared = [i for s in scales for _, i in s.parameters]
@@ -201,7 +212,10 @@ def _use(
 
 
 def _merge(uses: list[_Use], reasons: dict[str, str]) -> list[Block]:
-    """One block a weight: modules that share it are its calls. Biases join it only where all sharers agree."""
+    """One block a weight: modules that share it are its calls. Biases join it only where all sharers agree.
+
+    An embedding tied to a head uses the head's matrix with its sides exchanged; the head's bias then stands alone.
+    """
     by_weight: dict[int, list[_Use]] = {}
     by_bias: dict[int, list[_Use]] = {}
     for use in uses:
@@ -212,17 +226,65 @@ def _merge(uses: list[_Use], reasons: dict[str, str]) -> list[Block]:
     blocks, alone = [], dict(by_bias)
     for weight, sharers in by_weight.items():
         first = sharers[0]
+        exchanged: Block | None = None
         if any((u.rule, u.dims) != (first.rule, first.dims) for u in sharers):
-            label = ", ".join(repr(u.module) for u in sharers)
-            reasons[label] = "a weight that layers of different kinds share"
-            continue
+            pair = _exchanged_sides(sharers)
+            if pair is None:
+                label = ", ".join(repr(u.module) for u in sharers)
+                reasons[label] = "a weight that layers of different kinds share"
+                continue
+            sharers, exchanged = pair
+            first = sharers[0]
         bias = first.bias
-        if bias is not None and by_bias[bias] == sharers:
+        if bias is not None and by_bias[bias] == sharers and exchanged is None:
             del alone[bias]
         else:
             bias = None
-        blocks.append(Block(first.rule, first.dims, tuple(u.module for u in sharers), weight, bias))
+        names = tuple(u.module for u in sharers)
+        blocks.append(Block(first.rule, first.dims, names, weight, bias, exchanged))
     for bias, sharers in alone.items():
         first = sharers[0]
         blocks.append(Block(first.rule, first.dims, tuple(u.module for u in sharers), None, bias))
     return sorted(blocks, key=lambda b: b.root)
+
+
+def _exchanged_sides(sharers: list[_Use]) -> tuple[list[_Use], Block] | None:
+    """(the linear uses, the block of the embeddings) where these exchange the sides of one matrix, else ``None``."""
+    embeddings = [u for u in sharers if u.rule.diagonal_input]
+    linear = [u for u in sharers if not u.rule.diagonal_input]
+    if not embeddings or not linear:
+        return None
+    one, other = linear[0], embeddings[0]
+    for some in (linear, embeddings):
+        if any((u.rule, u.dims) != (some[0].rule, some[0].dims) for u in some):
+            return None
+    if (one.dims.groups, one.dims.d_out, one.dims.d_in) != (1, other.dims.d_in, other.dims.d_out):
+        return None
+    weight = torch.empty(other.dims.d_in, other.dims.d_out, device="meta")
+    here, there = one.rule.to_matrix(weight, one.dims)[0], other.rule.to_matrix(weight, other.dims)[0].T
+    if (here.shape, here.stride()) != (there.shape, there.stride()):
+        return None
+    names = tuple(u.module for u in embeddings)
+    return linear, Block(other.rule, other.dims, names, other.weight, None, is_transposed=True)
+
+
+def _with_known_sharers(
+    uses: list[_Use], modules: Mapping[str, nn.Module], index: Mapping[int, int], reasons: dict[str, str]
+) -> list[_Use]:
+    """The uses of parameters all of whose modules form uses; a parameter that another module reads is left alone."""
+    treated = {u.module for u in uses}
+    elsewhere = {
+        index[id(p)]: name
+        for name, module in modules.items()
+        if name not in treated
+        for p in module._parameters.values()
+        if p is not None and id(p) in index
+    }
+    kept = []
+    for use in uses:
+        shared = [elsewhere[i] for i in (use.weight, use.bias) if i is not None and i in elsewhere]
+        if shared:
+            reasons[repr(use.module)] = f"a parameter of it is also that of {shared[0]!r}"
+        else:
+            kept.append(use)
+    return kept

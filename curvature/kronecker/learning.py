@@ -14,12 +14,15 @@ from torch import Tensor
 
 from curvature.kronecker.eigen import eigh_many
 from curvature.kronecker.layout import Block, Layout
+from curvature.kronecker.nearest import nearest_product
 from curvature.protocols import State
 from curvature.running_mean import running_mean_
 
 Decomposition = Callable[[Sequence[Tensor]], "list[tuple[Tensor, Tensor]]"]
 
 KEYS = ("A", "G", "A_vectors", "A_values", "G_vectors", "G_values", "diagonal")
+#: The factors of the uses with exchanged sides, in a model that has some.
+TRANSPOSED_KEYS = ("A_transposed", "G_transposed")
 
 
 def held(state: State, key: str) -> list[Tensor]:
@@ -55,6 +58,12 @@ def take_(
         if observed["G"][i].numel():
             means.append(held(state, "G")[i])
             values.append(observed["G"][i])
+        if block.transposed is not None:
+            means.append(held(state, "A_transposed")[i])
+            values.append(normalised(observed, i, "_transposed"))
+            if observed["G_transposed"][i].numel():
+                means.append(held(state, "G_transposed")[i])
+                values.append(observed["G_transposed"][i])
         running_mean_(means, values, [count[i].clone() for _ in means], beta)
         count[i].add_(1.0)
     rest = [i for i in layout.diagonal if i in live]
@@ -65,9 +74,9 @@ def take_(
     return new
 
 
-def normalised(observed: Mapping[str, object], i: int) -> Tensor:
+def normalised(observed: Mapping[str, object], i: int, kind: str = "") -> Tensor:
     """A = Σ w a aᵀ / Σ w of the block with root ``i``."""
-    A, mass = (cast("Sequence[Tensor]", observed[key])[i] for key in ("A", "mass"))
+    A, mass = (cast("Sequence[Tensor]", observed[key + kind])[i] for key in ("A", "mass"))
     safe = torch.where(mass > 0, mass, torch.ones_like(mass))
     return A / safe.reshape(-1, *[1] * (A.dim() - 1))
 
@@ -88,12 +97,27 @@ def turns(layout: Layout, interval: int) -> list[int]:
 
 
 def due_blocks(layout: Layout, step: int, interval: int, new: set[int]) -> list[Block]:
-    """The blocks to refresh in this step: those seen for the first time, and those whose turn it is."""
+    """The blocks to refresh in this step: those seen for the first time, all in an early step, then by turns."""
+    early = is_early(step, interval)
     return [
         block
         for block, turn in zip(layout.blocks, turns(layout, interval), strict=True)
-        if block.root in new or (step > 0 and (step - turn) % interval == 0)
+        if early or block.root in new or (step > 0 and (step - turn) % interval == 0)
     ]
+
+
+def is_early(step: int, interval: int) -> bool:
+    """Whether every basis is refreshed out of turn: while steps are few, one batch more changes all factors.
+
+    The gaps grow by half, up to ``interval``: a basis is never much older than a third of the run so far.
+
+    >>> [step for step in range(60) if is_early(step, 20)]
+    [1, 2, 3, 4, 6, 9, 13, 19, 28]
+    """
+    early = 1
+    while early < step and early // 2 < interval:
+        early += max(1, early // 2)
+    return early == step and early // 2 < interval
 
 
 def refresh_(state: State, blocks: Sequence[Block], decompose: Decomposition = eigh_many) -> None:
@@ -104,22 +128,37 @@ def refresh_(state: State, blocks: Sequence[Block], decompose: Decomposition = e
         blocks: those to refresh.
         decompose: the eigendecompositions of many matrices.
     """
-    work: list[tuple[str, int]] = []
+    work: list[tuple[str, int, Tensor]] = []
     for block in blocks:
         i = block.root
+        A, G = held(state, "A")[i], held(state, "G")[i]
+        if block.transposed is not None:
+            G, A = nearest_product(
+                (G if G.numel() else eye_like(held(state, "G_vectors")[i]), A),
+                exchanged(held(state, "A_transposed")[i], held(state, "G_transposed")[i], A),
+            )
         if block.diagonal_input:
-            held(state, "A_values")[i] = held(state, "A")[i].clone()
+            held(state, "A_values")[i] = A.clone()
         else:
-            work.append(("A", i))
-        if held(state, "G")[i].numel():
-            work.append(("G", i))
+            work.append(("A", i, A))
+        if G.numel():
+            work.append(("G", i, G))
         else:  # G = I
             held(state, "G_values")[i] = torch.ones_like(held(state, "G_values")[i])
-    for (key, i), (values, basis) in zip(
-        work, decompose([held(state, key)[i] for key, i in work]), strict=True
-    ):
+    found = decompose([matrix for _, _, matrix in work])
+    for (key, i, _), (values, basis) in zip(work, found, strict=True):
         held(state, f"{key}_values")[i] = values.contiguous()
         held(state, f"{key}_vectors")[i] = basis.contiguous()
+
+
+def exchanged(A: Tensor, G: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """An embedding's factors with the sides of the head: frequencies of rows left, gradients right."""
+    return torch.diag_embed(A), G if G.numel() else eye_like(like)
+
+
+def eye_like(x: Tensor) -> Tensor:
+    """The identity, (groups, n, n) like ``x``."""
+    return torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).expand_as(x)
 
 
 def basis_of(state: State, block: Block) -> tuple[Tensor | None, Tensor | None]:

@@ -108,17 +108,26 @@ def block_calls(
     found = []
     for block in layout.blocks:
         calls = tuple(c for name in block.modules for c in block.rule.calls(name, modules, trace))
+        other = block.transposed
+        exchanged: tuple[str, ...] = ()
+        reversed_calls: tuple[BlockCall, ...] = ()
+        if other is not None:
+            exchanged = other.modules
+            reversed_calls = tuple(c for m in exchanged for c in other.rule.calls(m, modules, trace))
         for i in block.members:
             uses = len(trace.uses.get(id(params[i]), ()))
-            if uses not in (0, len(calls)):
-                names = ", ".join(repr(m) for m in block.modules)
+            if uses not in (0, len(calls) + len(reversed_calls)):
+                names = ", ".join(repr(m) for m in (*block.modules, *exchanged))
                 raise RuntimeError(
-                    f"parameter {layout.names[i]!r} is used {uses} times in this loss, but {len(calls)} calls of "
+                    f"parameter {layout.names[i]!r} is used {uses} times in this loss, but "
+                    f"{len(calls) + len(reversed_calls)} calls of "
                     f"{names} were seen: it is used outside its module (a functional call, a hook, a forward pass "
                     "before the estimator was initialised). Call the module, or pass "
                     f"exclude=({block.modules[0]!r},) to treat it by the diagonal"
                 )
         found.append(BlockCalls(block, calls))
+        if other is not None:
+            found.append(BlockCalls(other, reversed_calls))
     return found
 
 
@@ -164,6 +173,7 @@ class Accumulators:
 
     Args:
         factors: G by root parameter.
+        transposed: G of the uses with exchanged sides, likewise.
         diagonal: the diagonal by parameter.
         moments: Σ_n (Q_Gᵀ ∇_n Q_A)² by root parameter, for the blocks that have eigenbases.
         bases: (Q_G, Q_A) by root parameter, ``None`` for the identity.
@@ -171,6 +181,7 @@ class Accumulators:
 
     factors: Sequence[Tensor]
     diagonal: Sequence[Tensor]
+    transposed: Sequence[Tensor] = ()
     moments: Mapping[int, Tensor] = field(default_factory=dict)
     bases: Mapping[int, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
 
@@ -205,17 +216,31 @@ def send_back_(
         graph.output, edges, column.value, retain_graph=True, allow_unused=True
     )
     taken = iter(gradients)
+    pair: tuple[Block, list[BlockCall], list[Tensor]] | None = None  # a head, before the embedding tied to it
     for calls in used:
         block = calls.block
         rows: list[Tensor | None] = []
         for call in calls.calls:
             g = next(taken)
             rows.append(None if g is None else block.rule.gradient_rows(call.module, g.reshape(call.shape)))
-        G = into.factors[block.root]
+        G = (into.transposed if block.is_transposed else into.factors)[block.root]
+        kept = [(c, r) for c, r in zip(calls.calls, rows, strict=True) if r is not None]
+        if block.transposed is not None:
+            pair = (block, [c for c, _ in kept], [r for _, r in kept])
+        elif pair is not None and block.is_transposed and block.root in into.moments:
+            moments.add_paired_moments_(
+                into.moments[block.root],
+                *pair,
+                [c for c, _ in kept],
+                [r for _, r in kept],
+                into.bases[block.root],
+                samples,
+            )
         for members in calls.by_groups():
             at = calls.calls[members[0]].at
             present = [r.to(G.dtype) for k in members if (r := rows[k]) is not None]
-            if block.root in into.moments and present:
+            alone = block.transposed is None and not block.is_transposed
+            if alone and block.root in into.moments and present:
                 Q_G, Q_A = into.bases[block.root]
                 moments.add_moments_(
                     into.moments[block.root][at],

@@ -54,13 +54,61 @@ def add_moments_(
     g, a = torch.cat(left, 2), torch.cat(right, 2)
     if block.diagonal_input:
         _add_one_hot_(into, g.squeeze(0), a.squeeze(0).squeeze(-1))
-    elif g.shape[2] == 1:
-        into.baddbmm_(g.squeeze(2).square().mT, a.squeeze(2).square())
     else:
-        step = max(1, CHUNK // into.numel())
-        for start in range(0, samples, step):
-            part = slice(start, start + step)
-            into.add_((g[:, part].mT @ a[:, part]).square_().sum(1))
+        _add_squares_(into, g, a)
+
+
+def add_paired_moments_(
+    into: Tensor,
+    block: Block,
+    calls: Sequence[BlockCall],
+    gradients: Sequence[Tensor],
+    exchanged: Sequence[BlockCall],
+    their_gradients: Sequence[Tensor],
+    bases: tuple[Tensor | None, Tensor | None],
+    samples: int,
+) -> None:
+    """S += Σ_n (Q_Gᵀ ∇_n Q_A)² of a head tied to an embedding: ∇_n = Σ_p u_p h_pᵀ + Σ_r e_r g_rᵀ, cross terms and all.
+
+    Args:
+        into: S, (1, V, d).
+        block: the head's block.
+        calls: of the head, with inputs h.
+        gradients: u of every call, (1, lead, V).
+        exchanged: the calls of the embedding, with tokens r.
+        their_gradients: g of every one, (1, lead, d).
+        bases: Q_G, (1, V, V), and Q_A, (1, d, d).
+        samples: N.
+
+    Cost: O(N R V d) for R positions of both kinds a sample.
+    """
+    Q_G, Q_A = bases
+    assert Q_G is not None
+    assert Q_A is not None
+    assert block.transposed is not None
+    left, right = [], []
+    for call, u in zip(calls, gradients, strict=True):
+        h = block.rule.input_rows(call.module, call.inputs).to(into.dtype)
+        left.append(by_sample(u.to(into.dtype), samples, call.name) @ Q_G.unsqueeze(1))
+        right.append(by_sample(h, samples, call.name) @ Q_A.unsqueeze(1))
+    for call, g in zip(exchanged, their_gradients, strict=True):
+        index = block.transposed.rule.input_rows(call.module, call.inputs)
+        token = by_sample(index.unsqueeze(-1), samples, call.name).squeeze(-1)
+        left.append(Q_G[0][token.clamp(min=0)] * (token >= 0).unsqueeze(-1))
+        right.append(by_sample(g.to(into.dtype), samples, call.name) @ Q_A.unsqueeze(1))
+    if left:
+        _add_squares_(into, torch.cat(left, 2), torch.cat(right, 2))
+
+
+def _add_squares_(into: Tensor, g: Tensor, a: Tensor) -> None:
+    """S += Σ_n (Σ_r g_nr a_nrᵀ)² for (groups, N, R, d_out) and (groups, N, R, size_in)."""
+    if g.shape[2] == 1:
+        into.baddbmm_(g.squeeze(2).square().mT, a.squeeze(2).square())
+        return
+    step = max(1, CHUNK // into.numel())
+    for start in range(0, g.shape[1], step):
+        part = slice(start, start + step)
+        into.add_((g[:, part].mT @ a[:, part]).square_().sum(1))
 
 
 def by_sample(rows: Tensor, samples: int, where: str) -> Tensor:

@@ -57,22 +57,34 @@ def test_reduce_adds_the_calls_of_a_module() -> None:
     assert dense.relative_error(B, GN) < TIGHT
 
 
-def test_embedding_tied_to_the_head_has_its_exact_diagonal() -> None:
+def test_weights_that_layers_of_different_kinds_share_have_their_exact_diagonal() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.embed, self.head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+            self.embed, self.inner, self.head = (
+                nn.Embedding(4, 4),
+                nn.Conv1d(4, 4, 1),
+                nn.Linear(4, 4, bias=False),
+            )
+            self.inner.weight = nn.Parameter(torch.randn(4, 4, 1))
             self.head.weight = self.embed.weight
+            self.conv = nn.Conv1d(4, 4, 1, groups=2)
+            self.second = nn.ConvTranspose1d(4, 2, 1, groups=2, bias=False)
+            self.second.weight = nn.Parameter(self.second.weight[:, :1].detach().expand(4, 2, 1).clone())
+            self.conv.weight = self.second.weight
 
         def forward(self, tokens: Tensor) -> Tensor:
-            return self.head(torch.tanh(self.embed(tokens).mean(1)))
+            h = torch.tanh(self.embed(tokens)).mT
+            return self.second(torch.tanh(self.conv(h))).mT.mean(1)
 
-    model, x, y = Tied(), torch.tensor([[0, 1, 1], [4, 2, 0]]), torch.tensor([3, 1])
+    model, x, y = Tied(), torch.tensor([[0, 1, 1], [3, 2, 0]]), torch.tensor([3, 1])
     with pytest.warns(UserWarning, match="layers of different kinds share"):
         B = estimate(KFAC(model), model, nn.CrossEntropyLoss(), [(x, y)])
     z = model(x)
     GN = dense.gauss_newton(functional.cross_entropy(z, y), z, dense.trainable(model))
-    assert dense.relative_error(dense.flat(B.diagonal()), GN.diagonal()) < TIGHT
+    params, diagonal = dense.trainable(model), B.diagonal()
+    place = [p is model.conv.weight for p in params].index(True)
+    assert dense.relative_error(diagonal[place], dense.split(GN.diagonal(), params)[place]) < TIGHT
 
 
 def test_weight_used_outside_its_module_is_refused_and_may_be_excluded() -> None:
@@ -212,8 +224,9 @@ def test_inverse_work_is_staggered_and_first_update_is_the_observation() -> None
     kfac.init(dense.trainable(model))
     layout = kfac._live.layout
     assert len(learning.due_blocks(layout, 0, 3, {b.root for b in layout.blocks})) == 6
-    due = [learning.due_blocks(layout, step, 3, set()) for step in range(3, 6)]
+    due = [learning.due_blocks(layout, step, 3, set()) for step in range(9, 12)]
     assert [len(d) for d in due] == [2, 2, 2]
+    assert [len(learning.due_blocks(layout, step, 3, set())) for step in range(1, 5)] == [6, 6, 6, 6]
     assert {b.root for d in due for b in d} == {b.root for b in layout.blocks}
 
 
