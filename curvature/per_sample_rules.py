@@ -12,7 +12,7 @@ import dataclasses
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -177,19 +177,20 @@ def pulled_back(use: Use, delta: Tensor, part: slice) -> Tensor:
     """u_n for the samples of ``part``, (n, …): the pull-back of the module's own forward function, sample by sample."""
     assert use.inputs is not None
     a, d = use.inputs[0][part], delta[part]
-    kind = type(use.module)
+    module: Any = use.module
+    kind = type(module)
     if kind is nn.Linear:
         rows = d.flatten(1, -2)
         if use.key == "bias":
             return rows.sum(1)
         return torch.bmm(rows.mT, a.flatten(1, -2).to(rows.dtype))
-    if kind is nn.Embedding and use.module.max_norm is None and not use.module.scale_grad_by_freq:
-        return token_sums(a.reshape(len(a), -1), d.reshape(len(a), -1, d.shape[-1]), use.module)
+    if kind is nn.Embedding and module.max_norm is None and not module.scale_grad_by_freq:
+        return token_sums(a.reshape(len(a), -1), d.reshape(len(a), -1, d.shape[-1]), module)
     if kind is nn.LayerNorm:
-        shape = cast("tuple[int, ...]", use.module.normalized_shape)
+        shape = cast("tuple[int, ...]", module.normalized_shape)
         d = d.reshape(a.shape)
         if use.key == "weight":
-            d = d * functional.layer_norm(a, shape, eps=use.module.eps)
+            d = d * functional.layer_norm(a, shape, eps=module.eps)
         return d.reshape(len(a), -1, *shape).sum(1)
     parameter = use.module.get_parameter(use.key).detach()
 

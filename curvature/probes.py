@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -51,13 +50,10 @@ def probe(
 
 
 def signs(shape: Sequence[int], dtype: torch.dtype, device: torch.device, random: torch.Generator) -> Tensor:
-    """Independent signs, ±1 with probability ½: eight from every random byte.
+    """Independent signs, ±1 with probability ½.
 
     >>> set(signs((100,), torch.float32, torch.device("cpu"), torch.Generator()).tolist()) == {-1.0, 1.0}
     True
     """
-    count = math.prod(shape)
-    # An eighth of the numbers that one a sign would take, and their drawing is what costs.
-    drawn = torch.empty(-(-count // 8), 1, dtype=torch.uint8, device=device).random_(generator=random)
-    bits = drawn.bitwise_and(torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=device))
-    return bits.ne(0).reshape(-1)[:count].to(dtype).mul_(2.0).sub_(1.0).reshape(tuple(shape))
+    bits = torch.randint(0, 2, tuple(shape), generator=random, device=device, dtype=torch.int8)
+    return bits.to(dtype).mul_(2.0).sub_(1.0)
