@@ -92,8 +92,7 @@ class SecondOrder(torch.optim.Optimizer):
         ):
             raise ValueError(
                 "compile=True takes compositions whose step is one formula an element (SOAA with one radius, Adam, "
-                "AdamW), "
-                f'got {type(self.curvature).__name__} with {self.trust_region}: leave compile at "auto"'
+                f'AdamW), got {type(self.curvature).__name__} with {self.trust_region}: leave compile at "auto"'
             )
         self.compile = compile
         self.process_group = process_group
@@ -442,9 +441,6 @@ class SecondOrder(torch.optim.Optimizer):
                 self.trust_region.pass_over(self._region_state)
             self._apply(proposal.step, gradient)
         self._record(loss, proposal, verdict, actual)
-
-    def _compiles(self, device: torch.device) -> bool:
-        return self.compile is True or (self.compile == "auto" and device.type != "cpu")
 
     def _moved_compiled(self, loss: Tensor | None, scale: GradScale) -> bool:
         """Take the step in two compiled passes, where it is one formula an element and the tensors allow it."""

@@ -74,6 +74,8 @@ class Comparison:
             it never is.
         gradients: the same of its cost in gradients.
         seconds: the same of its training time.
+        same_clock: whether all runs took turns in one process. Otherwise times differ by when they were taken, and
+            none of them separates anything.
     """
 
     cell: str
@@ -83,14 +85,17 @@ class Comparison:
     steps: Interval
     gradients: Interval
     seconds: Interval
+    same_clock: bool = False
 
     @property
     def verdicts(self) -> dict[str, Verdict]:
         """What may be said of each: an interval that does not exclude equality says nothing."""
         differences = {name: getattr(self, name).verdict(0.0) for name in ("loss", "loss_at_time")}
-        return differences | {
-            name: getattr(self, name).verdict(1.0) for name in ("steps", "gradients", "seconds")
-        }
+        fractions = {name: getattr(self, name).verdict(1.0) for name in ("steps", "gradients", "seconds")}
+        found = differences | fractions
+        if not self.same_clock:
+            found |= {"loss_at_time": "not separated", "seconds": "not separated"}
+        return found
 
 
 def summarise(rows: Sequence[Row], tunings: Sequence[Tuning], measure: str) -> list[Summary]:
@@ -224,7 +229,14 @@ def _compare(cell: str, reference: str, pairs: Sequence[tuple[Record, Record]], 
         paired_bootstrap(steps, "median"),
         paired_bootstrap(gradients, "median"),
         paired_bootstrap(seconds, "median"),
+        all(_took_turns(record, base) for record, base in pairs),
     )
+
+
+def _took_turns(record: Record, base: Record) -> bool:
+    """Whether both runs shared one clock: cells that replay another one run after it, in turns of their own."""
+    replays = [bool(each["config"].get("replay")) for each in (record, base)]
+    return bool(record.get("interleaved") and base.get("interleaved")) and replays[0] == replays[1]
 
 
 def _minus(value: float, base: float) -> float:

@@ -63,8 +63,27 @@ def test_without_a_baseline_nothing_reaches_a_target() -> None:
     assert references([FAST], "train_loss") == []
 
 
-def test_a_comparison_pairs_the_seeds() -> None:
+def _interleaved(row: Row, **config: Any) -> Row:
+    return Row(
+        row.cell,
+        row.learning_rate,
+        tuple({**r, "interleaved": True, "config": {**r["config"], **config}} for r in row.records),
+    )
+
+
+def test_a_time_separates_nothing_unless_the_cells_took_turns() -> None:
     (found,) = compare([ADAMW, FAST], "torch-adamw", "train_loss")
+    assert found.verdicts["seconds"] == found.verdicts["loss_at_time"] == "not separated"
+    assert found.verdicts["steps"] == "better"
+    (found,) = compare([_interleaved(ADAMW), FAST], "torch-adamw", "train_loss")
+    assert found.verdicts["seconds"] == "not separated"
+    # cells that replay a radius run after the others
+    (found,) = compare([_interleaved(ADAMW), _interleaved(FAST, replay="key")], "torch-adamw", "train_loss")
+    assert found.verdicts["seconds"] == "not separated"
+
+
+def test_a_comparison_pairs_the_seeds() -> None:
+    (found,) = compare([_interleaved(ADAMW), _interleaved(FAST)], "torch-adamw", "train_loss")
     # by seed: reaches 0.5, 0.55, 0.6 at steps 10, 20, 10 of 40
     assert found.steps.estimate == 0.25
     assert (found.steps.low, found.steps.high) == (0.25, 0.5)
