@@ -31,6 +31,8 @@ def _start(out: Path, *more: str) -> subprocess.Popen[str]:
         text=True,
         cwd=out.parent,
         env=environment,
+        # A job that a shell started in the background ignores SIGINT, and so would all its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
