@@ -59,11 +59,12 @@ class Box(Shape):
             p = torch.where(g == 0, torch.zeros_like(p), p)
             step.append(p)
             clipped.append((p.abs() >= r).any())
-            negative.append((~convex).any())
+            negative.append((~convex & (g != 0)).any())
         return Solution(
             step=step,
             on_boundary=vectors.any_of(clipped),
             negative_curvature=vectors.any_of(negative),
+            iterations=1,
         )
 
     def project(

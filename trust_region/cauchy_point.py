@@ -73,7 +73,7 @@ class CauchyPoint:
         return Solution(
             step=step,
             on_boundary=usable & (length >= radius),
-            negative_curvature=bend <= 0,
+            negative_curvature=usable & (bend <= 0),
             iterations=1,
             residual=vectors.norm([g + b + damping * p for g, b, p in zip(gradient, Bp, step, strict=True)]),
             curvature_step=Bp,

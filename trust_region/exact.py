@@ -91,9 +91,10 @@ class ExactSubproblem:
             product,
             gradient,
             found.on_boundary,
-            bool(lowest + shift <= 0),
+            found.iterations > 0 and bool(lowest + shift <= 0),
             {"multiplier": found.multiplier, "hard_case": found.hard},
             torch.linalg.vector_norm(product + (shift + found.multiplier) * flat + g),
+            found.iterations,
         )
 
 
@@ -105,6 +106,7 @@ def _solution(
     negative: bool,
     diagnostics: dict[str, object],
     residual: Tensor | None = None,
+    iterations: int = 0,
 ) -> Solution:
     dtype = vectors.compute_dtype(like[0].dtype)
     step, Bp = (
@@ -116,6 +118,7 @@ def _solution(
         step=step,
         on_boundary=torch.tensor(boundary, device=device),
         negative_curvature=torch.tensor(negative, device=device),
+        iterations=iterations,
         residual=residual,
         curvature_step=Bp,
         diagnostics=diagnostics,

@@ -66,6 +66,8 @@ class KLBall(Shape):
         return Solution(
             step=vectors.scale(newton, factor),
             on_boundary=factor < 1,
+            negative_curvature=energy < -noise,
+            iterations=1,
             curvature_step=vectors.scale(product, factor),
         )
 

@@ -77,12 +77,16 @@ class KLConjugateGradient:
         energy = vectors.dot(found.solution, product)
         self._refuse_negative(energy, found.solution)
         if found.direction is not None:
-            self._refuse_negative(vectors.dot(found.direction, curvature.matvec(found.direction)), found.direction)
+            self._refuse_negative(
+                vectors.dot(found.direction, curvature.matvec(found.direction)), found.direction
+            )
         energy = energy.clamp(min=0)
         factor = scaling(energy.sqrt(), radius.to(energy.device, energy.dtype).sqrt())
         return Solution(
             step=vectors.scale(found.solution, factor),
             on_boundary=factor < 1,
+            # met is refused: what remains is semi-definite along every direction that was tried
+            negative_curvature=torch.zeros_like(factor, dtype=torch.bool),
             iterations=found.iterations,
             residual=found.residual_norm,
             curvature_step=vectors.scale(product, factor),

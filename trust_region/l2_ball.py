@@ -60,10 +60,11 @@ class L2Ball(Shape):
             return solve_then_project(self, state, gradient, curvature, radius, damping, context)
         diagonal, radii = curvature.diagonal(), each(radius, gradient)
         if self.scope == "global":
-            step, found = _exact(gradient, diagonal, radii[0], damping)
-            return _solution(step, [found])
+            step, found, negative = _exact(gradient, diagonal, radii[0], damping)
+            return _solution(step, [found], negative)
         pieces = [_exact([g], [h], r, damping) for g, h, r in zip(gradient, diagonal, radii, strict=True)]
-        return _solution([p for piece, _ in pieces for p in piece], [found for _, found in pieces])
+        steps, each_found, negatives = zip(*pieces, strict=True)
+        return _solution([p for step in steps for p in step], each_found, any(negatives))
 
     def project(
         self,
@@ -106,7 +107,7 @@ def to_length(gradient: Sequence[Tensor], norm: Tensor, radius: Tensor) -> list[
 
 def _exact(
     gradient: Sequence[Tensor], diagonal: Sequence[Tensor], radius: Tensor, damping: Tensor | float
-) -> tuple[list[Tensor], SecularStep]:
+) -> tuple[list[Tensor], SecularStep, bool]:
     device = gradient[0].device
     g = vectors.flatten([x.to(device) for x in gradient])
     h = vectors.flatten([x.to(device) for x in diagonal])
@@ -114,13 +115,16 @@ def _exact(
     h = h.to(dtype) + (damping.to(device, dtype) if isinstance(damping, Tensor) else damping)
     found = minimise_in_ball(g.to(dtype), h, float(radius))
     pieces = vectors.unflatten(found.step, gradient)
-    return [p.to(x.device) for p, x in zip(pieces, gradient, strict=True)], found
+    negative = found.iterations > 0 and bool(h.min() <= 0)
+    return [p.to(x.device) for p, x in zip(pieces, gradient, strict=True)], found, negative
 
 
-def _solution(step: list[Tensor], found: Sequence[SecularStep]) -> Solution:
+def _solution(step: list[Tensor], found: Sequence[SecularStep], negative: bool) -> Solution:
     device = step[0].device
     return Solution(
         step=step,
         on_boundary=torch.tensor(any(f.on_boundary for f in found), device=device),
+        negative_curvature=torch.tensor(negative, device=device),
+        iterations=max(f.iterations for f in found),
         diagnostics={"multiplier": max(f.multiplier for f in found), "hard_case": any(f.hard for f in found)},
     )

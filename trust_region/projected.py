@@ -71,13 +71,13 @@ def cauchy_step(
     steepest: Sequence[Tensor],
     curvature: CurvatureOperator,
     damping: Tensor | float,
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """The best multiple t <= 1 of the region's steepest step: (t s, t B s, whether t = 1). One product."""
+) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    """The best multiple t <= 1 of the steepest step s: (t s, t B s, t = 1, sᵀ(B+λI)s <= 0). One product."""
     product = curvature.matvec(steepest)
     slope = vectors.dot(gradient, steepest)
     bend = vectors.dot(steepest, product) + damping * vectors.dot(steepest, steepest)
     t = cauchy_fraction(slope, bend)
-    return vectors.scale(steepest, t), vectors.scale(product, t), t >= 1
+    return vectors.scale(steepest, t), vectors.scale(product, t), t >= 1, (bend <= 0) & (slope < 0)
 
 
 def solve_then_project(
@@ -99,23 +99,29 @@ def solve_then_project(
     Cost: one ``solve`` and two products.
     """
     newton = damped_newton(gradient, curvature, damping)
-    if newton is None:
-        fallback, fallback_product, full = cauchy_step(
-            gradient, region.steepest(state, gradient, curvature, radius, context), curvature, damping
-        )
+    steepest = region.steepest(state, gradient, curvature, radius, context)
+    fallback, fallback_product, full, concave = cauchy_step(gradient, steepest, curvature, damping)
+    if newton is None:  # an eigenvalue of -λ
         told: dict[str, object] = {"cauchy_fallback": torch.ones_like(full)}
-        return Solution(fallback, on_boundary=full, curvature_step=fallback_product, diagnostics=told)
+        return Solution(
+            fallback,
+            on_boundary=full,
+            negative_curvature=torch.ones_like(full),
+            iterations=1,
+            curvature_step=fallback_product,
+            diagnostics=told,
+        )
     step = region.project(state, newton, gradient, curvature, radius, context)
     product = curvature.matvec(step)
-    fallback, fallback_product, full = cauchy_step(
-        gradient, region.steepest(state, gradient, curvature, radius, context), curvature, damping
-    )
     # the damped model is the one that is minimised; the undamped one must fall too, since it is what is judged
     reduction = -(vectors.dot(gradient, step) + 0.5 * vectors.dot(step, product))
     downhill = reduction > 0
     return Solution(
         step=choose(downhill, step, fallback),
         on_boundary=torch.where(downhill, changed(step, newton).to(downhill.device), full),
+        # gᵀp = -pᵀ(B+λI)p for the Newton step p
+        negative_curvature=concave | (vectors.dot(gradient, newton) > 0),
+        iterations=1,
         curvature_step=choose(downhill, product, fallback_product),
         diagnostics={"cauchy_fallback": ~downhill},
     )

@@ -40,8 +40,10 @@ class Solution:
     Args:
         step: p, one tensor a parameter: θ + p is the trial point.
         on_boundary: 0-d bool: whether the region (not the model) decided the length.
-        negative_curvature: 0-d bool: whether pᵀBp <= 0 was met.
-        iterations: products with B.
+        negative_curvature: 0-d bool: whether a direction d ≠ 0 with dᵀ(B+λI)d <= 0 was met; what a solver does not look
+            at (for Krylov methods all that g does not excite) it does not meet. ``None``: it does not say.
+        iterations: products with B of an iterative solver, evaluations of the secular equation of an exact one, 1 of a
+            closed form or one ``solve``; 0 where g was seen to be 0.
         residual: ‖(B+λI)p + g‖ where the solver is iterative.
         curvature_step: B p where the solver has it already, so that no one computes it again.
         diagnostics: further scalars for telemetry.

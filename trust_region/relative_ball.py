@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from curvature import vectors
 from curvature.protocols import CurvatureOperator, State
 from trust_region.l2_ball import L2Ball, to_length
 from trust_region.projected import each
@@ -80,9 +81,13 @@ class RelativeBall(Shape):
         radii = self.radii(gradient, radius, context)
         if not self.fill:
             return L2Ball(scope="tensor").minimise(state, gradient, curvature, radii, damping, context)
+        newton = curvature.solve(gradient, damping)
+        slopes = [
+            torch.linalg.vecdot(d.reshape(-1), g.reshape(-1)) for d, g in zip(newton, gradient, strict=True)
+        ]
         direction = [
-            torch.where(torch.linalg.vecdot(d.reshape(-1), g.reshape(-1)) > 0, d, g.to(d.dtype))
-            for d, g in zip(curvature.solve(gradient, damping), gradient, strict=True)
+            torch.where(slope > 0, d, g.to(d.dtype))
+            for slope, d, g in zip(slopes, newton, gradient, strict=True)
         ]
         step = [
             to_length([d], torch.linalg.vector_norm(d), r)[0] for d, r in zip(direction, radii, strict=True)
@@ -90,6 +95,9 @@ class RelativeBall(Shape):
         return Solution(
             step=step,
             on_boundary=torch.ones((), dtype=torch.bool, device=step[0].device),
+            # a diagonal B may have negative elements that the tensor's own slope hides; the direction is what counts
+            negative_curvature=vectors.any_of([slope < 0 for slope in slopes]),
+            iterations=1,
             # the linear model has no curvature
             curvature_step=[torch.zeros_like(p) for p in step],
         )

@@ -112,20 +112,24 @@ class RmsBox(Shape):
             found = solve_then_project(self, state, gradient, curvature, radius, damping, context)
             edge = self.steepest(state, gradient, curvature, radius, context)
             inside = [torch.count_nonzero(p.abs() < e.abs()) for p, e in zip(found.step, edge, strict=True)]
-            return replace(
-                _solution(found.step, inside, found.diagnostics), curvature_step=found.curvature_step
-            )
+            return replace(found, on_boundary=_record(found.step, inside, found.diagnostics) < 1.0)
         scale = self.curvature_scale(gradient, moment)
-        step, inside = [], []
+        step, inside, negative = [], [], []
+        squares = "box_second_moment" not in state  # then h is v̂ itself, which no sign need be looked for in
         for g, h, v, d_i, scale_i in zip(gradient, curvature.diagonal(), moment, d, scale, strict=True):
             d_i, scale_i = vectors.on(g.device, d_i, scale_i)
             rms = v.sqrt()
             curved = (h * scale_i).add_(damping).mul_(d_i) if _is_nonzero(damping) else h * (scale_i * d_i)
             inside.append(torch.count_nonzero(curved > rms))
+            if not squares:
+                negative.append(((curved <= 0) & (g != 0)).any())
             denominator = torch.maximum(curved, rms, out=rms).add_(self.eps)
             step.append(torch.div(g, denominator, out=denominator).mul_(-d_i))
         diagnostics: dict[str, object] = {"curvature_scale": scale}
-        return _solution(step, inside, diagnostics)
+        met = (
+            vectors.any_of(negative) if negative else torch.zeros((), dtype=torch.bool, device=step[0].device)
+        )
+        return _solution(step, inside, diagnostics, met)
 
     def curvature_scale(self, gradient: Sequence[Tensor], moment: Sequence[Tensor]) -> list[Tensor]:
         """1 + s for every tensor; s = Σg² / Σ(v̂+ε) over all tensors, or over each its own."""
@@ -184,15 +188,29 @@ def adam_step(
     for g, v, d in zip(gradient, moment, radius, strict=True):
         denominator = v.sqrt().add_(eps)
         step.append(torch.div(g, denominator, out=denominator).mul_(-d.to(g.device)))
-    return _solution(step, [torch.zeros((), dtype=torch.int64, device=step[0].device)], {})
+    zero = torch.zeros((), dtype=torch.int64, device=step[0].device)
+    return _solution(step, [zero], {}, zero.to(torch.bool))  # no curvature is looked at
 
 
 def _is_nonzero(damping: Tensor | float) -> bool:
     return isinstance(damping, Tensor) or damping != 0.0
 
 
-def _solution(step: list[Tensor], inside: list[Tensor], diagnostics: dict[str, object]) -> Solution:
+def _record(step: list[Tensor], inside: list[Tensor], diagnostics: dict[str, object]) -> Tensor:
     """Telemetry: the fraction of elements strictly inside the box is the fraction where the curvature is live."""
     fraction = vectors.fraction(vectors.total(inside), step)
     diagnostics["fisher_active_fraction"] = fraction
-    return Solution(step=step, on_boundary=fraction < 1.0, diagnostics=diagnostics)
+    return fraction
+
+
+def _solution(
+    step: list[Tensor], inside: list[Tensor], diagnostics: dict[str, object], negative: Tensor
+) -> Solution:
+    fraction = _record(step, inside, diagnostics)
+    return Solution(
+        step=step,
+        on_boundary=fraction < 1.0,
+        negative_curvature=negative,
+        iterations=1,
+        diagnostics=diagnostics,
+    )

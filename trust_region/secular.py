@@ -26,12 +26,14 @@ class SecularStep:
         multiplier: μ >= 0.
         on_boundary: whether ‖p‖ = Δ decided.
         hard: whether the gradient had no part in the lowest eigenspace and a multiple of an eigenvector was added.
+        iterations: how often ‖p(t)‖ was computed.
     """
 
     step: Tensor
     multiplier: float
     on_boundary: bool
     hard: bool
+    iterations: int = 1
 
 
 def _step(g: Tensor, d: Tensor, t: float) -> Tensor:
@@ -77,7 +79,7 @@ def minimise_in_ball(g: Tensor, h: Tensor, radius: float) -> SecularStep:
     if not (math.isfinite(norm_g) and math.isfinite(h_min) and math.isfinite(h_max)):
         return SecularStep(torch.full_like(g, math.nan), math.nan, False, False)
     if norm_g == 0:
-        return SecularStep(torch.zeros_like(g), 0.0, False, False)
+        return SecularStep(torch.zeros_like(g), 0.0, False, False, 0)
     if h_min > 0:
         p = -g / h
         if float(torch.linalg.vector_norm(p)) <= radius:
@@ -101,7 +103,9 @@ def minimise_in_ball(g: Tensor, h: Tensor, radius: float) -> SecularStep:
     high = max(norm_g / radius, low)
     t, p, norm = low, _step(g, d, low), math.inf
     eps = torch.finfo(g.dtype).eps
-    for _ in range(MAX_ITERATIONS):
+    iterations = 0
+    while iterations < MAX_ITERATIONS:
+        iterations += 1
         p = _step(g, d, t)
         norm = float(torch.linalg.vector_norm(p))
         if abs(norm - radius) <= 2 * eps * radius:
@@ -114,7 +118,7 @@ def minimise_in_ball(g: Tensor, h: Tensor, radius: float) -> SecularStep:
         t = new
     if norm > radius:
         p = p * (radius / norm)
-    return SecularStep(p, t + shift, True, False)
+    return SecularStep(p, t + shift, True, False, iterations)
 
 
 def minimise_cubic(g: Tensor, h: Tensor, sigma: float) -> SecularStep:
@@ -139,7 +143,7 @@ def minimise_cubic(g: Tensor, h: Tensor, sigma: float) -> SecularStep:
     if not (math.isfinite(norm_g) and math.isfinite(h_min) and math.isfinite(h_max)):
         return SecularStep(torch.full_like(g, math.nan), math.nan, False, False)
     if norm_g == 0:
-        return SecularStep(torch.zeros_like(g), 0.0, False, False)
+        return SecularStep(torch.zeros_like(g), 0.0, False, False, 0)
     shift = max(-h_min, 0.0)
     d = h + shift
     norm_e = float(torch.linalg.vector_norm(torch.where(d == 0, g, torch.zeros_like(g))))
@@ -154,7 +158,9 @@ def minimise_cubic(g: Tensor, h: Tensor, sigma: float) -> SecularStep:
     high = max(_root(shift, sigma * norm_g) * (1 + 1e-12), low)
     t, p = low, _step(g, d, low)
     eps = torch.finfo(g.dtype).eps
-    for _ in range(MAX_ITERATIONS):
+    iterations = 0
+    while iterations < MAX_ITERATIONS:
+        iterations += 1
         p = _step(g, d, t)
         norm, mu = float(torch.linalg.vector_norm(p)), t + shift
         if abs(sigma * norm - mu) <= 4 * eps * mu or not low < high:
@@ -167,7 +173,7 @@ def minimise_cubic(g: Tensor, h: Tensor, sigma: float) -> SecularStep:
         if new in (t, low, high):
             break
         t = new
-    return SecularStep(p, t + shift, True, False)
+    return SecularStep(p, t + shift, True, False, iterations)
 
 
 def _root(b: float, c: float) -> float:

@@ -81,12 +81,17 @@ class SpectralBall(Shape):
         if not self.fill:
             return solve_then_project(self, state, gradient, curvature, radius, damping, context)
         step = self._filled(gradient, radius)
+        negative = torch.zeros((), dtype=torch.bool, device=step[0].device)
         if not isinstance(curvature, IdentityOperator):
-            preconditioned = self._filled(curvature.solve(gradient, damping), radius)
+            newton = curvature.solve(gradient, damping)
+            negative = vectors.dot(gradient, newton) < 0
+            preconditioned = self._filled(newton, radius)
             step = choose(vectors.dot(gradient, preconditioned) < 0, preconditioned, step)
         return Solution(
             step=step,
             on_boundary=torch.ones((), dtype=torch.bool, device=step[0].device),
+            negative_curvature=negative,
+            iterations=1,
             # the linear model has no curvature
             curvature_step=[torch.zeros_like(p) for p in step],
         )
@@ -166,6 +171,8 @@ def newton_schulz(
 def orthogonal_factor(x: Tensor, steps: int, dtype: torch.dtype | None) -> Tensor:
     """A new tensor shaped like ``x``: U Vᵀ of the matrix, or x/‖x‖ of a vector or scalar."""
     kept = vectors.compute_dtype(x.dtype)
+    if not x.numel():
+        return x.to(kept, copy=True)
     if x.dim() < 2:
         norm = torch.linalg.vector_norm(x)
         return (x / torch.where(norm > 0, norm, torch.ones_like(norm))).to(kept)

@@ -134,7 +134,9 @@ class TadamRadius(Policy):
             quadratic = vectors.dots(curvature.matvec(solution.step), solution.step)
         else:
             whole = vectors.total(linear)  # a² = a Σ a_i: every tensor's share is a a_i
-            spread = vectors.dots([v * p for v, p in zip(variance, solution.step, strict=True)], solution.step)
+            spread = vectors.dots(
+                [v * p for v, p in zip(variance, solution.step, strict=True)], solution.step
+            )
             quadratic = [b + a * whole.to(a.device) for a, b in zip(linear, spread, strict=True)]
         return [eta * (a - 0.5 * b) for eta, a, b in zip(lr, linear, quadratic, strict=True)]
 

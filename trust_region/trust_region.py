@@ -51,7 +51,9 @@ class TrustRegion:
             raise ValueError(f"damping must be >= 0, got {self.damping}")
         policy = self.radius
         if self.damping and (hasattr(policy, "damping") or "damping" in getattr(policy, "adapts", ())):
-            raise ValueError(f"{type(policy).__name__} has a damping of its own: give it there, not to TrustRegion")
+            raise ValueError(
+                f"{type(policy).__name__} has a damping of its own: give it there, not to TrustRegion"
+            )
         wanted = getattr(self.subproblem, "regions", None)
         if wanted is not None and not isinstance(self.region, wanted):
             names = " or ".join(w.__name__ for w in wanted)
@@ -64,7 +66,9 @@ class TrustRegion:
             name = type(self.subproblem).__name__
             raise ValueError(f"{name} needs a policy that adapts σ: use AdaptiveCubic, got {self.radius}")
         if adapts_sigma and weight != "sigma":
-            raise ValueError(f"{type(self.radius).__name__} adapts σ: use it with CubicModel, got {self.subproblem}")
+            raise ValueError(
+                f"{type(self.radius).__name__} adapts σ: use it with CubicModel, got {self.subproblem}"
+            )
         mine, theirs = getattr(self.region, "scope", None), getattr(self.radius, "scope", None)
         if theirs == "tensor" and mine != "tensor":
             raise ValueError('a radius a tensor (scope="tensor") needs a region with scope="tensor"')
@@ -94,7 +98,9 @@ class TrustRegion:
     def takes_every_step(self) -> bool:
         """Whether neither a region, a trial nor an adapted damping stands between the model and the parameters."""
         adapts = getattr(self.radius, "adapts", ())
-        held = self.needs & (Needs.TRIAL_LOSS | Needs.TRIAL_GRADIENT) or "damping" in adapts or "sigma" in adapts
+        held = (
+            self.needs & (Needs.TRIAL_LOSS | Needs.TRIAL_GRADIENT) or "damping" in adapts or "sigma" in adapts
+        )
         return isinstance(self.region, Unbounded) and not held
 
     def init(self, params: Sequence[Tensor], estimator: CurvatureEstimator | None = None) -> State:
@@ -144,7 +150,7 @@ class TrustRegion:
         else:
             solution = self.region.minimise(state, gradient, curvature, radius, damping, context)
             if self.takes_every_step:
-                refuse_uphill(gradient, solution.step, curvature)
+                refuse_uphill(solution)
         predict = getattr(self.radius, "predict", None)
         if predict is not None:
             parts = cast("list[Tensor]", predict(gradient, curvature, solution, context))
@@ -186,15 +192,12 @@ class TrustRegion:
         return self.radius.review(state, proposal, loss)
 
 
-def refuse_uphill(gradient: Sequence[Tensor], step: Sequence[Tensor], curvature: CurvatureOperator) -> None:
+def refuse_uphill(solution: Solution) -> None:
     """Raise where a step without a region goes uphill and nothing would judge it; an accelerator is not waited for."""
-    if torch.compiler.is_compiling() or any(p.device.type != "cpu" for p in step):
+    negative = solution.negative_curvature
+    if negative is None or torch.compiler.is_compiling() or negative.device.type != "cpu":
         return
-    if getattr(curvature, "is_diagonal", False):
-        uphill = any(bool((g * p > 0).any()) for g, p in zip(gradient, step, strict=True))
-    else:
-        uphill = bool(vectors.dot(gradient, step) > 0)
-    if uphill:
+    if bool(negative):
         raise ValueError(
             "the curvature is indefinite, and without a region its step goes uphill: use a region (Box, L2Ball with "
             "SteihaugCG), a policy that judges the step, a larger damping, or a curvature that is not negative"

@@ -54,9 +54,15 @@ class Unbounded(Shape):
     ) -> Solution:
         """-(B + λI)⁻¹ g; B p is known without a product: B p = -g - λp."""
         step = vectors.negative(curvature.solve(gradient, damping))
+        if getattr(curvature, "is_diagonal", False):  # every element by itself: p_i = -g_i / (h_i + λ)
+            uphill = vectors.any_of([(g * p > 0).any() for g, p in zip(gradient, step, strict=True)])
+        else:
+            uphill = vectors.dot(gradient, step) > 0  # gᵀp = -pᵀ(B+λI)p
         return Solution(
             step=step,
             on_boundary=torch.zeros((), dtype=torch.bool, device=step[0].device),
+            negative_curvature=uphill,
+            iterations=1,
             curvature_step=vectors.negative(vectors.add(gradient, step, damping)),
         )
 

@@ -1,6 +1,7 @@
 """Every registered curvature with every registered trust region: does the cell train, or say why not?
 
-``python -m tests.laws.grid`` runs all cells and writes ``docs/reference/grid.csv`` and ``grid_refusals.csv``.
+``python -m tests.laws.grid`` runs all cells and writes ``docs/reference/grid.csv`` and ``grid_refusals.csv``; with
+names of curvatures (``python -m tests.laws.grid hessian lsr1``) only their rows are run anew.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import functools
 import inspect
 import math
 import pathlib
+import sys
 import time
 import warnings
 from dataclasses import dataclass
@@ -137,25 +139,52 @@ def outcome(curvature: str, trust_region: str) -> Outcome:
     return Outcome(curvature, trust_region, "does not train", reason)
 
 
-def main() -> None:
-    rows = []
-    for curvature in estimators.names():
-        for trust_region in trust_regions.names():
+def main(chosen: list[str] | None = None) -> None:
+    """Run the rows of the chosen curvatures, or all, and write both tables; rows that are not run stay."""
+    regions, curvatures = trust_regions.names(), estimators.names()
+    chosen = chosen or curvatures
+    unknown = sorted(set(chosen) - set(curvatures))
+    if unknown:
+        raise SystemExit(f"unknown curvature {', '.join(unknown)}: choose from {', '.join(curvatures)}")
+    rows: dict[str, list[Outcome]] = {}
+    for curvature in chosen:
+        rows[curvature] = []
+        for trust_region in regions:
             started = time.perf_counter()
-            rows.append(outcome(curvature, trust_region))
-            print(f"{time.perf_counter() - started:6.2f} s", rows[-1], flush=True)
-    names = trust_regions.names()
+            rows[curvature].append(outcome(curvature, trust_region))
+            print(f"{time.perf_counter() - started:6.2f} s", rows[curvature][-1], flush=True)
+    write(rows, regions, curvatures)
+
+
+def write(rows: dict[str, list[Outcome]], regions: list[str], curvatures: list[str]) -> None:
+    """Both tables: new rows where there are some, and else what the tables held."""
+    old = {row["curvature"]: row for row in read(TABLE)}
+    refusals = [row for row in read(REFUSALS) if row["curvature"] not in rows]
+    refusals += [
+        {"curvature": r.curvature, "trust region": r.trust_region, "when": r.verdict, "reason": r.reason}
+        for found in rows.values()
+        for r in found
+        if r.verdict != "trains"
+    ]
+    for curvature, found in rows.items():
+        old[curvature] = {"curvature": curvature, **{r.trust_region: cell(r) for r in found}}
+    refusals.sort(key=lambda r: (curvatures.index(r["curvature"]), regions.index(r["trust region"])))
     with TABLE.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["curvature", *names])
-        for curvature in estimators.names():
-            writer.writerow([curvature, *(cell(r) for r in rows if r.curvature == curvature)])
+        table = csv.DictWriter(file, ["curvature", *regions], restval="", lineterminator="\n")
+        table.writeheader()
+        table.writerows(old[curvature] for curvature in curvatures if curvature in old)
     with REFUSALS.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["curvature", "trust region", "when", "reason"])
-        writer.writerows(
-            [r.curvature, r.trust_region, r.verdict, r.reason] for r in rows if r.verdict != "trains"
-        )
+        listed = csv.DictWriter(file, ["curvature", "trust region", "when", "reason"], lineterminator="\n")
+        listed.writeheader()
+        listed.writerows(refusals)
+
+
+def read(path: pathlib.Path) -> list[dict[str, str]]:
+    """The rows of a table that is there already."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def cell(outcome: Outcome) -> str:
@@ -166,4 +195,4 @@ def cell(outcome: Outcome) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
