@@ -19,8 +19,12 @@ folder = Path(sys.argv[1])
 die = tuple(map(int, sys.argv[2:4])) if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" else ()
 total = 12
 
-dist.init_process_group("gloo")
-rank, world = dist.get_rank(), dist.get_world_size()
+# torchrun's agents keep one store through all restarts (pytorch#135712): under the same keys a rank may read the address
+# of a rank that died, and be refused. On several nodes, whose agents count restarts by themselves, set
+# TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in place of the prefix.
+store, rank, world = next(dist.rendezvous("env://"))
+life = dist.PrefixStore(f"life-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+dist.init_process_group("gloo", store=life, rank=rank, world_size=world)
 torch.manual_seed(0)
 module = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
 optimizer = SOAA(module.parameters(), lr=0.05, total_steps=total)
