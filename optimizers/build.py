@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from curvature.registry import estimators, nearest
-from optimizers.checks import check_pair
+from optimizers.checks import OPTIONS, check_pair
 from optimizers.registry import optimizers
 from optimizers.second_order import SecondOrder
 from trust_region.registry import trust_regions
@@ -78,7 +78,7 @@ def build(
     estimator = estimators["identity" if curvature is None else curvature]
     region = trust_regions["unbounded" if trust_region is None else trust_region]
     parts: dict[str, list[str]] = {
-        "SecondOrder": ["lr", "momentum", "weight_decay", "maximize", "compile", "process_group"],
+        "SecondOrder": ["lr", "momentum", *OPTIONS],
         f"curvature {curvature!r}": parameters_of(estimator),
         f"trust region {trust_region!r}": parameters_of(region),
     }
@@ -105,7 +105,7 @@ def parameters_of(factory: Callable[..., Any]) -> list[str]:
             and isinstance(factory, type)
             and issubclass(factory, SecondOrder)
         ):
-            names += ["weight_decay", "maximize", "compile", "process_group"]
+            names += OPTIONS
     return names
 
 

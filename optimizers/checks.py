@@ -26,9 +26,7 @@ def check_group(group: Mapping[str, Any], needs: Needs) -> None:
         raise ValueError(
             "maximize=True works with curvature and policies that need only gradients; negate the loss in place of it"
         )
-    for flag, remedy in UNSUPPORTED.items():
-        if group.get(flag):
-            raise ValueError(f"{flag}=True is not supported in a parameter group: {remedy}")
+    check_flags(group)
     for p in group["params"]:
         if p.is_complex():
             raise ValueError("complex parameters are not supported; view them as real (torch.view_as_real)")
@@ -36,13 +34,49 @@ def check_group(group: Mapping[str, Any], needs: Needs) -> None:
             raise ValueError(f"parameters must be floating point, got {p.dtype}")
 
 
-UNSUPPORTED = {
-    "capturable": "the state lies on the parameters' device already, leave the flag out",
-    "differentiable": "the step runs under torch.no_grad; use torch.func for a differentiable update",
-    "foreach": "the step always works on lists of tensors, leave the flag out",
-    "fused": "the step has one path, chosen by the composition and the device",
+OPTIONS = (
+    "weight_decay",
+    "maximize",
+    "compile",
+    "process_group",
+    "foreach",
+    "fused",
+    "capturable",
+    "differentiable",
+)
+"""Options of :class:`optimizers.SecondOrder` that every preset passes on to it."""
+
+#: Flags of ``torch.optim`` that scripts and groups carry over: the value that asks for another way than the step's own,
+#: and why it is refused. The other bool, and ``None``, ask for what happens anyway.
+FLAGS: dict[str, tuple[bool, str]] = {
+    "foreach": (
+        False,
+        "the step works on lists of tensors, with the numbers of one at a time; leave the flag out",
+    ),
+    "fused": (
+        True,
+        "compile=True takes the step of SOAA, Adam and AdamW in fused kernels; leave the flag out",
+    ),
+    "capturable": (
+        True,
+        "the host reads whether the gradient is finite, and a CUDA graph cannot; use compile=True, which reads nothing",
+    ),
+    "differentiable": (
+        True,
+        "the step runs under torch.no_grad; use torch.func.functional_call for an update that is differentiated",
+    ),
 }
-"""Flags of ``torch.optim`` that a group might carry over, and what to do in their place."""
+
+
+def check_flags(flags: Mapping[str, Any]) -> None:
+    """Refuse flags of ``torch.optim`` that ask for another way than the step's own, with what to do in their place."""
+    for flag, (refused, remedy) in FLAGS.items():
+        value = flags.get(flag)
+        if value is None or value is (not refused):
+            continue
+        if value is not refused:
+            raise ValueError(f"{flag} must be a bool or None, got {value!r}")
+        raise ValueError(f"{flag}={value} is not supported: {remedy}")
 
 
 def check_learning_rate(lr: Any) -> None:

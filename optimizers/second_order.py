@@ -16,7 +16,7 @@ from curvature.loss_graph import LossGraph
 from curvature.operators import DiagonalOperator
 from curvature.protocols import TRANSIENT, CurvatureEstimator, Needs, Observation, State
 from optimizers import blocked, checkpoint, core, diagonal_step, elementwise, state_layout, step_info, trial
-from optimizers.checks import check_group, check_unmoved, signal_names
+from optimizers.checks import FLAGS, check_flags, check_group, check_unmoved, signal_names
 from optimizers.compiled.elementwise_path import ElementwisePath
 from optimizers.compiled.kernels import compiler_failures
 from optimizers.compiled.two_pass import Options, Tensors
@@ -49,9 +49,12 @@ class SecondOrder(torch.optim.Optimizer):
             says once where no compiler works; ``False`` never. Without: foreach calls, on a CPU block by block.
         process_group: the data-parallel ranks over which losses and statistics are averaged: ``"auto"`` is the default
             group where ``torch.distributed`` is initialised, ``None`` nobody. Sharded parameters know theirs.
+        **flags: ``foreach``, ``fused``, ``capturable``, ``differentiable``, for scripts that pass them everywhere: what
+            asks for the step's own way is taken, what asks for another is refused.
 
     Raises:
-        ValueError: for arguments out of range, or parts that do not fit together.
+        ValueError: for arguments out of range, parts that do not fit together, or a flag that asks for another step.
+        TypeError: for an option that does not exist.
 
     >>> from curvature import EmpiricalFisherDiagonal
     >>> from trust_region import RmsBox, SOAARadius, TrustRegion
@@ -80,7 +83,12 @@ class SecondOrder(torch.optim.Optimizer):
         maximize: bool = False,
         compile: bool | Literal["auto"] = "auto",  # noqa: A002
         process_group: ProcessGroup | Literal["auto"] | None = "auto",
+        **flags: Any,
     ) -> None:
+        unknown = sorted(flags.keys() - FLAGS.keys())
+        if unknown:
+            raise TypeError(f"{type(self).__name__} takes no option {unknown[0]!r}")
+        check_flags(flags)
         self.curvature: CurvatureEstimator = Identity() if curvature is None else curvature
         self.trust_region = TrustRegion() if trust_region is None else trust_region
         self.momentum: Momentum = RunningMean(momentum) if isinstance(momentum, (int, float)) else momentum
@@ -202,9 +210,16 @@ class SecondOrder(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore; what was pending belongs to the graph of another object and is not."""
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # PyTorch adds it to every copy, from where groups would take it
+        for group in self.param_groups:  # of an older version, whose groups lack what did not exist then
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
         if "curvature" not in state:  # PyTorch's load_state_dict comes by here with groups and state alone
             return
         self._set_transients()
+        self.__dict__.setdefault("compile", "auto")
+        self.__dict__.setdefault("process_group", "auto")
+        self.__dict__.setdefault("_built_for", [(p.dtype, p.device) for p in self._params])
         attach = getattr(self.curvature, "attach", None)
         if attach is not None:
             attach(self._params)

@@ -187,5 +187,7 @@ def _equal(s: Tensor, to: Tensor) -> Tensor:
 def _through_svd(x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     matrix = x.reshape(x.shape[0], -1) if x.dim() >= 2 else x.reshape(-1, 1)
     U, s, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    changed: Tensor = (U * change(s)) @ Vh
-    return changed.reshape(x.shape)
+    new = change(s)
+    changed: Tensor = (U * new) @ Vh
+    # what is not changed is given back as it was, without the rounding of the decomposition
+    return torch.where((new == s).all(), x, changed.reshape(x.shape))
