@@ -95,12 +95,18 @@ class RelativeBall(Shape):
         return Solution(
             step=step,
             on_boundary=torch.ones((), dtype=torch.bool, device=step[0].device),
-            # a diagonal B may have negative elements that the tensor's own slope hides; the direction is what counts
-            negative_curvature=vectors.any_of([slope < 0 for slope in slopes]),
+            negative_curvature=self._negative(slopes, curvature),
             iterations=1,
             # the linear model has no curvature
             curvature_step=[torch.zeros_like(p) for p in step],
         )
+
+    @staticmethod
+    def _negative(slopes: Sequence[Tensor], curvature: CurvatureOperator) -> Tensor:
+        """gᵀ(B+λI)⁻¹g < 0; of one tensor alone it tells something only where B does not mix tensors."""
+        if getattr(curvature, "is_diagonal", False):
+            return vectors.any_of([slope < 0 for slope in slopes])
+        return vectors.total(slopes) < 0
 
     def project(
         self,

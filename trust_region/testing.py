@@ -246,7 +246,8 @@ def check_region(region: Region, kinds: Sequence[str] = KINDS, seeds: Sequence[i
     """Check the laws of regions on random problems.
 
     A step lies inside (projecting it changes nothing), projecting twice is projecting once, the model falls, inputs
-    stay as they are, and a zero gradient gives no step. A curvature that a region cannot take raises ``ValueError``.
+    stay as they are, and a zero gradient gives no step. The solution says how many iterations it took, and negative
+    curvature is met only where there is some. A curvature that a region cannot take raises ``ValueError``.
 
     Args:
         region: what to check.
@@ -275,6 +276,8 @@ def check_region(region: Region, kinds: Sequence[str] = KINDS, seeds: Sequence[i
             f"{trial}: changed the gradient"
         )
         assert bool(found.predicted_reduction > 0), f"{trial}: predicts {float(found.predicted_reduction)}"
+        assert found.solution is not None
+        _check_report(found.solution, B, trial)
         Δ = cast(Tensor, state["radius"])
         held = StepContext(params=params)
         inside = region.project(state, found.step, gradient, B, Δ, held)
@@ -298,8 +301,9 @@ def check_subproblem(
     """Check the laws of subproblem solvers on random problems.
 
     The step is no worse than the Cauchy point, lies in the ball to rounding, is on the boundary where it says so, and
-    its B p is B p. A zero gradient gives no step; products that are NaN end the search. A curvature that a solver
-    cannot take raises ``ValueError``.
+    its B p is B p. It says how many iterations it took, and meets negative curvature only where there is some. A zero
+    gradient gives no step; products that are NaN end the search. A curvature that a solver cannot take raises
+    ``ValueError``.
 
     Args:
         subproblem: what to check; with ``weight = "sigma"`` it is a cubic model's.
@@ -323,6 +327,7 @@ def check_subproblem(
             assert kind.startswith("indefinite"), f"{trial}: refused"
             continue
         norm = float(vectors.norm(found.step))
+        _check_report(found, B, trial)
         if found.curvature_step is not None:
             _assert_close(found.curvature_step, B.matvec(found.step), f"{trial}: curvature_step is not B p")
         mine = reduction(gradient, B, found.step, value if cubic else 0.0)
@@ -342,7 +347,19 @@ def check_subproblem(
         except ValueError:
             continue
         assert float(vectors.norm(still.step)) == 0, f"{trial}: moves without a gradient"
+        assert not bool(still.on_boundary), f"{trial}: is on the boundary without a gradient"
     _check_broken(subproblem)
+
+
+def _check_report(found: Solution, B: CurvatureOperator, trial: str) -> None:
+    negative = found.negative_curvature
+    assert negative is not None, f"{trial}: does not say whether negative curvature was met"
+    assert found.iterations >= 1, f"{trial}: reports {found.iterations} iterations"
+    if bool(negative):
+        lowest = float(torch.linalg.eigvalsh(B.to_dense())[0])
+        assert lowest <= 0, (
+            f"{trial}: says that it met negative curvature, and the lowest eigenvalue is {lowest}"
+        )
 
 
 def _check_broken(subproblem: Subproblem) -> None:
