@@ -36,6 +36,10 @@ class Team(Protocol):
         """Whether the flag is set on any process: the same answer on all."""
         ...
 
+    def sum_(self, x: Tensor) -> Tensor:
+        """Σ over the processes, in place."""
+        ...
+
 
 _team: Team | None = None
 

@@ -154,6 +154,11 @@ class GroupTeam:
         distributed.all_reduce(flags, group=self.group)
         return bool(flags > 0)
 
+    def sum_(self, x: Tensor) -> Tensor:
+        """Σ over the group, in place."""
+        distributed.all_reduce(x, group=self.group)
+        return x
+
 
 ALONE = Ranks()
 """One process."""

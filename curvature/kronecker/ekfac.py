@@ -6,26 +6,28 @@ gradients in that basis. The block is (Q_G ⊗ Q_A) diag(S) (Q_G ⊗ Q_A)ᵀ, S 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from curvature import vectors
 from curvature.estimate import add_statistics
 from curvature.kronecker import learning, measurement
 from curvature.kronecker.eigen import eigh_here
-from curvature.kronecker.estimator import KroneckerEstimator
+from curvature.kronecker.estimator import KroneckerEstimator, Parts
 from curvature.kronecker.layout import Block, Layout
 from curvature.kronecker.learning import held
+from curvature.kronecker.moments import HELD, Held
 from curvature.kronecker.operator import Eigenblock, KroneckerOperator
 from curvature.loss_graph import LossGraph, refuse_other_paths
 from curvature.problem import Problem
 from curvature.protocols import TRANSIENT, Observation, State, Statistics
 from curvature.registry import estimators
 from curvature.running_mean import running_mean_
+from curvature.shared_work import Team, team
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,11 @@ class EKFAC(KroneckerEstimator):
     diagonal is the best diagonal there is. Choose it over :class:`KFAC` where eigenbases are refreshed rarely: S
     follows at every measurement, for the cost of per-sample gradients in the basis.
 
-    In training, the first step's loss is looked at twice, for the basis and then for S, as :func:`curvature.estimate`
-    goes over the batches twice; from then on S is a running mean. Where the first step has several micro-batches or
-    ranks, none of which knows the others' part of the basis, S starts as K-FAC's λ_G λ_Aᵀ. When a basis is refreshed,
-    the block is carried over and its diagonal in the new basis kept.
+    A block's first S needs its first basis, which is known only when the first step's micro-batches and ranks have all
+    been seen. So that step holds what layers saw and got, up to 2²⁶ numbers, and forms S at its end: the first update
+    is the one-shot estimate of the whole batch, however it is split. What is larger is held no longer: one batch in
+    one process is looked at twice in place of it, and several start from K-FAC's λ_G λ_Aᵀ, with a warning. From then on
+    S is a running mean. When a basis is refreshed, the block is carried over and its diagonal in the new basis kept.
 
     Args: those of :class:`KFAC`, without ``damping_kind``: damping is exact, 1 / (S + λ).
 
@@ -86,45 +89,65 @@ class EKFAC(KroneckerEstimator):
         return self.operator(state)
 
     def _measure(self, state: State, graph: LossGraph, own_weights: Tensor | None) -> Statistics:
-        """K-FAC's statistics and S; where a block has no basis yet, the loss is looked at twice."""
-        earlier = state.get(TRANSIENT, 0)  # the samples of earlier micro-batches, by which labels are drawn
-        statistics = self._look(state, graph, own_weights)
+        """K-FAC's statistics and S; of blocks that have no basis yet, what S will be formed from."""
         layout = self._layout(graph.params)
-        known = {b.root for b in self._known(state, layout)}
-        new = [b for b in layout.blocks if b.root not in known]
-        if not new or not statistics or self.fisher == "forward-only":
-            return statistics
-        trial = with_first_bases(state, statistics, new) | {TRANSIENT: earlier}
-        statistics["moments"] = self._look(trial, graph, own_weights)["moments"]
-        # S is worth nothing in another basis, so its basis travels with it: the mean over micro-batches and ranks is
-        # the block's first basis only where all of them had that one.
-        statistics["first_bases"] = [
-            p.new_zeros(0, dtype=vectors.compute_dtype(p.dtype)) for p in graph.params
-        ]
-        for block in new:
-            cast("list[Tensor]", statistics["first_bases"])[block.root] = packed_basis(trial, block)
+        if self.fisher == "forward-only" or len(self._known(state, layout)) == len(layout.blocks):
+            return self._look(state, graph, own_weights)
+        parts = cast(Parts, state.get(TRANSIENT, Parts()))
+        earlier = parts.samples
+        if parts.held is None:
+            parts.held = Held()
+        before = state.get(TRANSIENT)
+        state[TRANSIENT] = parts
+        statistics = self._look(state, graph, own_weights)
+        parts.held.end_of_part()
+        parts.alone = None
+        if not statistics and before is None:
+            del state[TRANSIENT]
+        elif parts.held.full and parts.count == 1 and team() is None:
+            trial = with_first_bases(state, statistics, self._new(state, layout))
+            trial[TRANSIENT] = Parts(samples=earlier)
+            parts.alone = cast("list[Tensor]", self._look(trial, graph, own_weights)["moments"])
         return statistics
 
     def _look(self, state: State, graph: LossGraph, own_weights: Tensor | None) -> Statistics:
         return super()._measure(state, graph, own_weights)
 
     def update(self, state: State, seen: Observation) -> None:
-        """K-FAC's update; a block's first S is the measured one if it was measured in the block's first basis."""
-        super().update(state, seen)
-        if "first_bases" not in seen.statistics:
-            return
+        """K-FAC's update; then a block's first S is formed in its first basis, over all parts and ranks."""
+        parts = cast(Parts, state.get(TRANSIENT, Parts()))
         layout = self._layout_of(state, seen)
-        bases = cast("list[Tensor]", seen.statistics["first_bases"])
-        measured = cast("list[Tensor]", seen.statistics["moments"])
-        live = {i for i, g in enumerate(seen.gradient) if g is not None}
-        for block in layout.blocks:
-            i = block.root
-            if not bases[i].numel() or not live.intersection(block.members):
-                continue
-            own = packed_basis(state, block)
-            mean = bases[i] / bases[i][-1]
-            if bool((mean - own).abs().max() <= 100 * torch.finfo(own.dtype).eps):
-                held(state, "moments")[i] = measured[i].clone()
+        new = self._new(state, layout)
+        super().update(state, seen)
+        if parts.held is None or not seen.statistics:
+            return
+        known = {b.root for b in self._known(state, layout)}
+        first = [b for b in new if b.root in known]
+        if not first:
+            return
+        moments = held(state, "moments")
+        ranks = team()
+        if not together(ranks, parts.held.full, moments[first[0].root].device):
+            for block in first:
+                S = torch.zeros_like(moments[block.root])
+                for term in parts.held.terms.get(block.root, ()):
+                    term.add_to_(S, *learning.basis_of(state, block))
+                moments[block.root] = S if ranks is None else ranks.sum_(S).div_(ranks.size)
+        elif parts.alone is not None and parts.count == 1:
+            for block in first:
+                moments[block.root] = parts.alone[block.root]
+        else:
+            warnings.warn(
+                f"the first step has too many samples to hold (more than {HELD} elements), in several micro-batches or "
+                "ranks that have no common eigenbasis yet: EKFAC starts from K-FAC's eigenvalues. Give the first "
+                "step one smaller batch where that matters",
+                stacklevel=4,
+            )
+
+    def _new(self, state: State, layout: Layout) -> list[Block]:
+        """The blocks that have no eigenbases."""
+        known = {b.root for b in self._known(state, layout)}
+        return [b for b in layout.blocks if b.root not in known]
 
     def _known(self, state: State, layout: Layout) -> list[Block]:
         """The blocks that have eigenbases."""
@@ -140,16 +163,16 @@ class EKFAC(KroneckerEstimator):
         return statistics
 
     def _accumulators(self, state: State, layout: Layout, statistics: Statistics) -> measurement.Accumulators:
-        if "moments" not in statistics:
-            return super()._accumulators(state, layout, statistics)
-        known = self._known(state, layout)
-        measured = cast("list[Tensor]", statistics["moments"])
-        return measurement.Accumulators(
-            cast("list[Tensor]", statistics["G"]),
-            cast("list[Tensor]", statistics["diagonal"]),
-            cast("list[Tensor]", statistics.get("G_transposed", [])),
-            {b.root: measured[b.root] for b in known},
-            {b.root: learning.basis_of(state, b) for b in known},
+        into = super()._accumulators(state, layout, statistics)
+        known = self._known(state, layout) if "moments" in statistics else []
+        measured = cast("list[Tensor]", statistics.get("moments", []))
+        parts = cast(Parts, state.get(TRANSIENT, Parts()))
+        return replace(
+            into,
+            moments={b.root: measured[b.root] for b in known},
+            bases={b.root: learning.basis_of(state, b) for b in known},
+            held=parts.held,
+            holding=frozenset(b.root for b in layout.blocks).difference(b.root for b in known),
         )
 
     def _take(
@@ -207,10 +230,9 @@ def with_first_bases(state: State, statistics: Statistics, blocks: Sequence[Bloc
     return trial
 
 
-def packed_basis(state: State, block: Block) -> Tensor:
-    """[Q_G, Q_A, 1] in one vector."""
-    found = [Q.reshape(-1) for Q in learning.basis_of(state, block) if Q is not None]
-    return torch.cat([*found, found[0].new_ones(1)])
+def together(ranks: Team | None, flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any rank."""
+    return flag if ranks is None else ranks.any(flag, device)
 
 
 estimators.add("ekfac", EKFAC)

@@ -21,6 +21,7 @@ from curvature.kronecker.factors import Sharing, sample_count
 from curvature.kronecker.fisher import FISHER_KINDS, FisherKind, columns
 from curvature.kronecker.layout import Block, Layout, build_layout
 from curvature.kronecker.learning import held
+from curvature.kronecker.moments import Held
 from curvature.kronecker.operator import Eigenblock, KroneckerOperator
 from curvature.kronecker.output_curvature import (
     LIKELIHOODS,
@@ -45,6 +46,23 @@ class _Live:
     layout: Layout | None = None
     proven: Likelihood | None = None
     said: set[str] = field(default_factory=set)
+
+
+@dataclass
+class Parts:
+    """What one step's micro-batches leave to each other, until the step is taken.
+
+    Args:
+        samples: how many there were so far, by which labels are drawn.
+        count: the micro-batches so far.
+        held: what EK-FAC's first S will be formed from, while there is no basis yet.
+        alone: the first S where one micro-batch was too large to be held, measured in the bases of it alone.
+    """
+
+    samples: int = 0
+    count: int = 0
+    held: Held | None = None
+    alone: list[Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -212,21 +230,30 @@ class KroneckerEstimator(Estimator):
         samples = sample_count(found.weights)
         scales = measurement.scale_calls(layout, trace, modules, params, samples)
         statistics = self._zeros(state, layout, params)
+        unwritten = measurement.Unwritten(
+            cast("list[Tensor]", statistics[key])[b.root]
+            for key in ("A", "G")
+            for b in layout.blocks
+            if key == "G" or not b.diagonal_input
+        )
         for calls in used:
             i, kind = calls.block.root, "_transposed" if calls.block.is_transposed else ""
             A, mass = (cast("list[Tensor]", statistics[key + kind]) for key in ("A", "mass"))
-            measurement.add_inputs_(A[i], mass[i], calls, found, self.sharing)
+            measurement.add_inputs_(A[i], mass[i], calls, found, self.sharing, unwritten)
         diagonal = cast("list[Tensor]", statistics["diagonal"])
         into = self._accumulators(state, layout, statistics)
         scaled = {i for s in scales for _, i in s.layer.parameters}
         rest = [i for i in layout.diagonal if i not in scaled]
         draw = cast(int, state["draws"])  # state, so that a resumed run goes on where it stopped
-        first = cast(int, state.get(TRANSIENT, 0))  # the samples of the step's earlier micro-batches
-        state[TRANSIENT] = first + int(found.z.shape[0])
+        parts = cast(Parts, state.setdefault(TRANSIENT, Parts()))
+        first = parts.samples
+        parts.samples += int(found.z.shape[0])
+        parts.count += 1
         for column in columns(self.fisher, graph, found, self.samples, self.seed, draw, own_weights, first):
-            measurement.send_back_(into, used, scales, graph, column, samples, self.sharing)
+            measurement.send_back_(into, used, scales, graph, column, samples, self.sharing, unwritten)
             if rest:
                 fallback.add_squares_([diagonal[i] for i in rest], graph, [params[i] for i in rest], column)
+        unwritten.fill_()
         if self.fisher == "forward-only":
             for i in layout.diagonal:
                 diagonal[i].fill_(1.0)
@@ -240,6 +267,7 @@ class KroneckerEstimator(Estimator):
         )
 
     def _zeros(self, state: State, layout: Layout, params: Sequence[Tensor]) -> Statistics:
+        """Sums to add to; A and G where they are matrices are only allocated (:class:`measurement.Unwritten`)."""
         shapes: dict[str, dict[int, tuple[int, ...]]] = {
             key: {b.root: self._shapes(b).get(key, (0,)) for b in layout.blocks} for key in ("A", "G")
         }
@@ -250,7 +278,14 @@ class KroneckerEstimator(Estimator):
             for key in learning.TRANSPOSED_KEYS:
                 shapes[key] = {b.root: self._shapes(b).get(key, (0,)) for b in pairs}
             shapes["mass_transposed"] = {b.root: (1,) for b in pairs}
-        return {key: measurement.zeros(layout, sizes, params) for key, sizes in shapes.items()}
+        statistics: Statistics = {
+            key: (measurement.allocated if key in ("A", "G") else measurement.zeros)(layout, sizes, params)
+            for key, sizes in shapes.items()
+        }
+        for block in layout.blocks:
+            if block.diagonal_input:
+                cast("list[Tensor]", statistics["A"])[block.root].zero_()
+        return statistics
 
     def _output_curvature(self, graph: LossGraph) -> OutputCurvature:
         needed = self.fisher in ("mc", "empirical")

@@ -78,7 +78,12 @@ def samples_of(lead: Sequence[int], weights: Tensor, where: str) -> int:
 
 
 def input_factor_(
-    into: Tensor, rows: Sequence[Tensor], weights: Sequence[Tensor], with_weight: bool, with_bias: bool
+    into: Tensor,
+    rows: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    with_weight: bool,
+    with_bias: bool,
+    empty: bool = False,
 ) -> None:
     """A += Σ w [a; 1][a; 1]ᵀ over the rows of all calls, in place.
 
@@ -88,20 +93,26 @@ def input_factor_(
         weights: w of every call, (M,).
         with_weight: whether a takes part; without it only the 1 of the bias is left.
         with_bias: whether the 1 takes part.
+        empty: whether A holds nothing yet, so that the first call's part is written over whatever it contains.
     """
     for a, w in zip(rows, weights, strict=True):
         if not with_weight:
-            into.add_(w.sum())
+            into.copy_(w.sum()) if empty else into.add_(w.sum())
+            empty = False
             continue
         a = a.to(into.dtype)
         weighted = a * w.unsqueeze(-1)
         d = a.shape[-1]
-        add_gram_(into[:, :d, :d], weighted, a)
+        add_gram_(into[:, :d, :d], weighted, a, empty)
         if with_bias:
+            if empty:
+                into[:, d].zero_()
+                into[:, :d, d].zero_()
             column = weighted.sum(1)
             into[:, :d, d] += column
             into[:, d, :d] += column
             into[:, d, d] += w.sum()
+        empty = False
 
 
 def token_factor(indices: Sequence[Tensor], weights: Sequence[Tensor], size: int) -> Tensor:
@@ -135,10 +146,10 @@ def reduce_gradients(rows: Sequence[Tensor], samples: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
-def gradient_factor_(into: Tensor, rows: Tensor) -> Tensor:
-    """G += Σ g gᵀ over (groups, M, d_out) rows, in place."""
+def gradient_factor_(into: Tensor, rows: Tensor, empty: bool = False) -> Tensor:
+    """G += Σ g gᵀ over (groups, M, d_out) rows, in place; ``empty`` as in :func:`input_factor_`."""
     rows = rows.to(into.dtype)
-    add_gram_(into, rows, rows)
+    add_gram_(into, rows, rows, empty)
     return into
 
 
@@ -146,28 +157,33 @@ def gradient_factor_(into: Tensor, rows: Tensor) -> Tensor:
 PANEL = 128
 
 
-def add_gram_(into: Tensor, left: Tensor, right: Tensor) -> None:
+def add_gram_(into: Tensor, left: Tensor, right: Tensor, empty: bool = False) -> None:
     """S += Lᵀ R for L = W R with W diagonal, so that the product is symmetric: only one triangle of panels is computed.
 
     Args:
         into: S, symmetric, (groups, d, d); it may be a part of a larger matrix.
         left: L, (groups, M, d).
         right: R, (groups, M, d).
+        empty: S = Lᵀ R instead, whatever S contains: neither zeros are written before nor S is read.
 
     Cost: a little more than half of the full product, which is what a BLAS would save by ``syrk``.
     """
     d = into.shape[-1]
+    beta = 0 if empty else 1  # with 0, what S contains is not read, NaN or not
     if into.shape[0] != 1:
-        into.add_(left.mT @ right) if not into.is_contiguous() else into.baddbmm_(left.mT, right)
+        if into.is_contiguous():
+            into.baddbmm_(left.mT, right, beta=beta)
+        else:
+            into.copy_(left.mT @ right) if empty else into.add_(left.mT @ right)
         return
     S, L, R = into[0], left[0], right[0]
     panels = min(4, d // PANEL)
     if panels < 2:  # one matrix: the plain product is faster than a batch of one
-        S.addmm_(L.mT, R)
+        S.addmm_(L.mT, R, beta=beta)
         return
     width = -(-d // panels)
     for start in range(0, d, width):
         stop = min(start + width, d)
-        S[start:stop, start:].addmm_(L[:, start:stop].mT, R[:, start:])
+        S[start:stop, start:].addmm_(L[:, start:stop].mT, R[:, start:], beta=beta)
         if stop < d:
             S[stop:, start:stop] = S[start:stop, stop:].mT

@@ -32,7 +32,8 @@ class KFAC(KroneckerEstimator):
             for ``"mc"`` and ``"empirical"``; ``None`` reads it from the loss's own curvature.
         beta: decay of the running means of A and G, in [0, 1); bias-corrected.
         factor_interval: steps between measurements of A and G, >= 1.
-        inverse_interval: steps between eigendecompositions of a layer, >= 1; layers take turns.
+        inverse_interval: steps between eigendecompositions of a layer, >= 1; layers take turns, so that after the first
+            step none refreshes more than ⌈layers / inverse_interval⌉; sooner while steps are few.
         max_dim: largest factor; a layer that needs a larger one is treated by the diagonal.
         exclude: names of modules to treat by the diagonal, with all below them.
         damping_kind: ``"exact"``: (B + λI)⁻¹ through the eigenbasis; ``"factored"``: each factor is damped by

@@ -1,7 +1,7 @@
 """Running means of factors, and eigenbases refreshed in turns: pure functions on the state of an estimator.
 
 Legend: A, G the running means of a block's factors, held at its root parameter; Q and λ their eigenvectors and
-eigenvalues, refreshed every ``inverse_interval`` steps.
+eigenvalues, refreshed in turns: every block once in ``inverse_interval`` steps, more often while steps are few.
 """
 
 from __future__ import annotations
@@ -81,43 +81,65 @@ def normalised(observed: Mapping[str, object], i: int, kind: str = "") -> Tensor
     return A / safe.reshape(-1, *[1] * (A.dim() - 1))
 
 
-def turns(layout: Layout, interval: int) -> list[int]:
-    """The step (modulo ``interval``) at which each block's eigenbasis is refreshed, balanced by cost.
+def turns(costs: Sequence[float], slots: int) -> list[int]:
+    """Whose turn it is in which of some slots: as many members a slot as another, and about as much work.
 
-    >>> turns(Layout((), (), (), ()), 3)
-    []
+    The dearest first, each to the slot with the least work that still has room.
+
+    >>> turns([8.0, 1.0, 1.0, 1.0], 2)
+    [0, 1, 1, 0]
     """
-    load = [0.0] * interval
-    turn = [0] * len(layout.blocks)
-    costs = [b.dims.groups * (b.size_in**3 * (not b.diagonal_input) + b.dims.d_out**3) for b in layout.blocks]
+    room = [-(-len(costs) // slots)] * slots
+    load = [0.0] * slots
+    turn = [0] * len(costs)
     for j in sorted(range(len(costs)), key=lambda j: -costs[j]):
-        turn[j] = min(range(interval), key=load.__getitem__)
-        load[turn[j]] += costs[j]
+        slot = min((s for s in range(slots) if room[s]), key=load.__getitem__)
+        turn[j] = slot
+        room[slot] -= 1
+        load[slot] += costs[j]
     return turn
 
 
 def due_blocks(layout: Layout, step: int, interval: int, new: set[int]) -> list[Block]:
-    """The blocks to refresh in this step: those seen for the first time, all in an early step, then by turns."""
-    early = is_early(step, interval)
+    """The blocks to refresh in this step: those seen for the first time, and those whose turn it is.
+
+    A block's first basis must be there when it is first used, so the step that sees all blocks for the first time alone
+    decomposes all of them. After it, no step refreshes more than ⌈blocks / interval⌉.
+    """
+    blocks = layout.blocks
+    if not blocks:
+        return []
+    share = -(-len(blocks) // interval)
+    slots = -(-len(blocks) // share)
+    slot = slot_of(step, slots, interval)
+    costs = [float(b.dims.groups * (b.size_in**3 * (not b.diagonal_input) + b.dims.d_out**3)) for b in blocks]
     return [
         block
-        for block, turn in zip(layout.blocks, turns(layout, interval), strict=True)
-        if early or block.root in new or (step > 0 and (step - turn) % interval == 0)
+        for block, turn in zip(blocks, turns(costs, slots), strict=True)
+        if block.root in new or turn == slot
     ]
 
 
-def is_early(step: int, interval: int) -> bool:
-    """Whether every basis is refreshed out of turn: while steps are few, one batch more changes all factors.
+def slot_of(step: int, slots: int, interval: int) -> int | None:
+    """The slot whose turn it is in this step, or ``None``: every slot once a round, evenly spread over the round.
 
-    The gaps grow by half, up to ``interval``: a basis is never much older than a third of the run so far.
+    While steps are few, one batch more changes all factors, so the first rounds are as short as there are slots. From
+    then on a round is half as long as the run before it, up to ``interval``: a basis is never much older than half of
+    the run so far.
 
-    >>> [step for step in range(60) if is_early(step, 20)]
-    [1, 2, 3, 4, 6, 9, 13, 19, 28]
+    >>> [slot_of(step, 2, 6) for step in range(16)]
+    [None, 0, 1, 0, 1, 0, 1, 0, 1, None, 0, None, 1, None, None, 0]
     """
-    early = 1
-    while early < step and early // 2 < interval:
-        early += max(1, early // 2)
-    return early == step and early // 2 < interval
+    start, length = 1, slots
+    while start + length <= step and length < interval:
+        start += length
+        length = min(max(slots, start // 2), interval)
+    start += max(step - start, 0) // length * length  # rounds of the full length, without going over them
+    if step < start:
+        return None
+    # slot k's place in the round is ⌊k · length / slots⌋
+    slot = -(-(step - start) * slots // length)
+    return slot if slot < slots and slot * length // slots == step - start else None
 
 
 def refresh_(state: State, blocks: Sequence[Block], decompose: Decomposition = eigh_many) -> None:

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from curvature.kronecker import factors, moments
+from curvature.kronecker import factors
 from curvature.kronecker.factors import Sharing
 from curvature.kronecker.fisher import Column
 from curvature.kronecker.layout import Block, Layout, ScaleLayer
+from curvature.kronecker.moments import Held, Term
 from curvature.kronecker.output_curvature import OutputCurvature
 from curvature.kronecker.rules import BlockCall
 from curvature.layer_io import Trace
@@ -131,7 +132,34 @@ def block_calls(
     return found
 
 
-def add_inputs_(A: Tensor, mass: Tensor, used: BlockCalls, found: OutputCurvature, sharing: Sharing) -> None:
+class Unwritten:
+    """Which factors were allocated but hold nothing yet: writing zeros that a product then overwrites costs a pass.
+
+    Args:
+        tensors: those whose content means nothing.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
+        self._tensors = {id(x): x for x in tensors}
+
+    def begin(self, x: Tensor, at: slice) -> bool:
+        """Whether ``x[at]`` is to be overwritten by what comes now; after this call ``x`` counts as written."""
+        if self._tensors.pop(id(x), None) is None:
+            return False
+        if at == slice(None):
+            return True
+        x.zero_()  # what comes now reaches only some of the groups
+        return False
+
+    def fill_(self) -> None:
+        """Zeros for what nothing was written to."""
+        while self._tensors:
+            self._tensors.popitem()[1].zero_()
+
+
+def add_inputs_(
+    A: Tensor, mass: Tensor, used: BlockCalls, found: OutputCurvature, sharing: Sharing, unwritten: Unwritten
+) -> None:
     """A += Σ w a aᵀ and mass += Σ w, in place.
 
     Args:
@@ -140,6 +168,7 @@ def add_inputs_(A: Tensor, mass: Tensor, used: BlockCalls, found: OutputCurvatur
         used: the calls of one block.
         found: the weights of the outputs' positions.
         sharing: how positions become rows.
+        unwritten: where A may be known to hold nothing yet.
     """
     block = used.block
     rows, weights = [], []
@@ -163,7 +192,8 @@ def add_inputs_(A: Tensor, mass: Tensor, used: BlockCalls, found: OutputCurvatur
                 means, c = factors.reduce_inputs(some, masses, factors.sample_count(found.weights))
                 some, masses = [means], [c]
             with_weight, with_bias = block.weight is not None, block.bias is not None
-            factors.input_factor_(A[at], some, masses, with_weight, with_bias)
+            empty = unwritten.begin(A, at)
+            factors.input_factor_(A[at], some, masses, with_weight, with_bias, empty)
         mass[at] += torch.stack([x.sum() for x in masses]).sum()
 
 
@@ -177,6 +207,8 @@ class Accumulators:
         diagonal: the diagonal by parameter.
         moments: Σ_n (Q_Gᵀ ∇_n Q_A)² by root parameter, for the blocks that have eigenbases.
         bases: (Q_G, Q_A) by root parameter, ``None`` for the identity.
+        held: keeps what the moments of the blocks in ``holding`` will be formed from.
+        holding: roots of the blocks that have no eigenbases yet.
     """
 
     factors: Sequence[Tensor]
@@ -184,6 +216,16 @@ class Accumulators:
     transposed: Sequence[Tensor] = ()
     moments: Mapping[int, Tensor] = field(default_factory=dict)
     bases: Mapping[int, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
+    held: Held | None = None
+    holding: frozenset[int] = frozenset()
+
+    def take(self, term: Term) -> None:
+        """Add a term to its block's moments, or keep it for later."""
+        root = term.block.root
+        if root in self.moments:
+            term.add_to_(self.moments[root], *self.bases[root])
+        elif self.held is not None and root in self.holding:
+            self.held.add(term)
 
 
 def send_back_(
@@ -194,6 +236,7 @@ def send_back_(
     column: Column,
     samples: int,
     sharing: Sharing,
+    unwritten: Unwritten,
 ) -> None:
     """Add Σ g gᵀ, squares and moments of one vector sent back from the outputs.
 
@@ -205,6 +248,7 @@ def send_back_(
         column: what is sent back.
         samples: N.
         sharing: how positions become rows.
+        unwritten: the factors that hold nothing yet.
 
     Cost: one backward pass without weight gradients.
     """
@@ -227,44 +271,37 @@ def send_back_(
         kept = [(c, r) for c, r in zip(calls.calls, rows, strict=True) if r is not None]
         if block.transposed is not None:
             pair = (block, [c for c, _ in kept], [r for _, r in kept])
-        elif pair is not None and block.is_transposed and block.root in into.moments:
-            moments.add_paired_moments_(
-                into.moments[block.root],
-                *pair,
-                [c for c, _ in kept],
-                [r for _, r in kept],
-                into.bases[block.root],
-                samples,
-            )
+        elif pair is not None and block.is_transposed:
+            theirs = [c for c, _ in kept], [r for _, r in kept]
+            into.take(Term(pair[0], slice(None), pair[1], pair[2], samples, *theirs))
         for members in calls.by_groups():
-            at = calls.calls[members[0]].at
             present = [r.to(G.dtype) for k in members if (r := rows[k]) is not None]
-            alone = block.transposed is None and not block.is_transposed
-            if alone and block.root in into.moments and present:
-                Q_G, Q_A = into.bases[block.root]
-                moments.add_moments_(
-                    into.moments[block.root][at],
-                    block,
-                    [calls.calls[k] for k in members if rows[k] is not None],
-                    present,
-                    None if Q_G is None else Q_G[at],
-                    None if Q_A is None else Q_A[at],
-                    samples,
-                )
+            at = calls.calls[members[0]].at
+            if block.transposed is None and not block.is_transposed and present:
+                some = [calls.calls[k] for k in members if rows[k] is not None]
+                into.take(Term(block, at, some, present, samples))
             if not G.numel():
                 continue
             if present and sharing == "reduce" and not block.diagonal_input:
                 present = [factors.reduce_gradients(present, samples)]
             for g in present:
-                factors.gradient_factor_(G[at], g.reshape(g.shape[0], -1, g.shape[-1]))
+                empty = unwritten.begin(G, at)
+                factors.gradient_factor_(G[at], g.reshape(g.shape[0], -1, g.shape[-1]), empty)
     for scale in scales:
         scale.add_squares_(into.diagonal, [next(taken) for _ in scale.calls])
 
 
 def zeros(layout: Layout, shapes: Mapping[int, tuple[int, ...]], params: Sequence[Tensor]) -> list[Tensor]:
     """Zeros of the given shapes, one tensor a parameter; without elements where none is given."""
+    return [x.zero_() for x in allocated(layout, shapes, params)]
+
+
+def allocated(
+    layout: Layout, shapes: Mapping[int, tuple[int, ...]], params: Sequence[Tensor]
+) -> list[Tensor]:
+    """As :func:`zeros`, with contents that mean nothing."""
     return [
-        torch.zeros(shapes.get(i, (0,)), dtype=compute_dtype(p.dtype), device=p.device)
+        torch.empty(shapes.get(i, (0,)), dtype=compute_dtype(p.dtype), device=p.device)
         for i, p in enumerate(params)
     ]
 

@@ -8,21 +8,132 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from curvature.kronecker.layout import Block
-from curvature.kronecker.rules import BlockCall
 
 #: Elements of per-sample gradients that may exist at once.
 CHUNK = 1 << 22
+
+#: Elements of inputs and gradients that a first step may hold until its bases are known.
+HELD = 1 << 26
+
+
+class Inputs(Protocol):
+    """A call's module, name and inputs."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The module."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        ...
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What the rule's ``input_rows`` reads."""
+        ...
+
+
+@dataclass(frozen=True)
+class HeldInputs:
+    """A call's inputs without its place in a graph, which they would keep alive."""
+
+    module: nn.Module
+    name: str
+    inputs: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Term:
+    """What one vector sent back adds to a block's S, in whatever basis.
+
+    Args:
+        block: the block.
+        at: the groups that take part.
+        calls: its calls.
+        gradients: g of every call, (groups, lead, d_out).
+        samples: N.
+        exchanged: the calls of an embedding that is tied to this head.
+        theirs: g of every one of those.
+    """
+
+    block: Block
+    at: slice
+    calls: Sequence[Inputs]
+    gradients: Sequence[Tensor]
+    samples: int
+    exchanged: Sequence[Inputs] = ()
+    theirs: Sequence[Tensor] = ()
+
+    def add_to_(self, into: Tensor, Q_G: Tensor | None, Q_A: Tensor | None) -> None:
+        """S += Σ_n (Q_Gᵀ ∇_n Q_A)²."""
+        if self.block.transposed is not None:
+            uses = (self.calls, self.gradients, self.exchanged, self.theirs)
+            add_paired_moments_(into, self.block, *uses, (Q_G, Q_A), self.samples)
+            return
+        Q_G, Q_A = (None if Q is None else Q[self.at] for Q in (Q_G, Q_A))
+        add_moments_(into[self.at], self.block, self.calls, self.gradients, Q_G, Q_A, self.samples)
+
+
+@dataclass
+class Held:
+    """The terms of a step that knows its bases only when all of it was seen, up to :data:`HELD` elements.
+
+    Args:
+        terms: by root parameter.
+        elements: in all of them.
+        full: whether there were more, and nothing is held.
+    """
+
+    terms: dict[int, list[Term]] = field(default_factory=dict)
+    elements: int = 0
+    full: bool = False
+    _calls: dict[int, tuple[Inputs, HeldInputs]] = field(default_factory=dict)
+
+    def add(self, term: Term) -> None:
+        """Copy a term, so that neither its graph nor what is written to its inputs later matters."""
+        if self.full:
+            return
+        self.elements += sum(g.numel() for g in (*term.gradients, *term.theirs))
+        kept = Term(
+            term.block,
+            term.at,
+            [self._inputs_of(call) for call in term.calls],
+            [g.detach().clone() for g in term.gradients],
+            term.samples,
+            [self._inputs_of(call) for call in term.exchanged],
+            [g.detach().clone() for g in term.theirs],
+        )
+        self.terms.setdefault(term.block.root, []).append(kept)
+        if self.elements > HELD:
+            self.full = True
+            self.terms.clear()
+            self._calls.clear()
+
+    def end_of_part(self) -> None:
+        """Let the calls of a micro-batch go: the next one's are others."""
+        self._calls.clear()
+
+    def _inputs_of(self, call: Inputs) -> HeldInputs:
+        if id(call) not in self._calls:  # every vector sent back meets the same inputs
+            inputs = tuple(x.clone() for x in call.inputs)
+            self.elements += sum(x.numel() for x in inputs)
+            self._calls[id(call)] = (call, HeldInputs(call.module, call.name, inputs))
+        return self._calls[id(call)][1]
 
 
 def add_moments_(
     into: Tensor,
     block: Block,
-    calls: Sequence[BlockCall],
+    calls: Sequence[Inputs],
     gradients: Sequence[Tensor],
     Q_G: Tensor | None,
     Q_A: Tensor | None,
@@ -61,9 +172,9 @@ def add_moments_(
 def add_paired_moments_(
     into: Tensor,
     block: Block,
-    calls: Sequence[BlockCall],
+    calls: Sequence[Inputs],
     gradients: Sequence[Tensor],
-    exchanged: Sequence[BlockCall],
+    exchanged: Sequence[Inputs],
     their_gradients: Sequence[Tensor],
     bases: tuple[Tensor | None, Tensor | None],
     samples: int,

@@ -32,8 +32,6 @@ from tests.distributed.problem import (
 
 #: (Jᵀσ)² has cross terms between the samples of one backward pass: parts agree with the whole in the mean only.
 IN_THE_MEAN = {"sophia-g"}
-#: Its first S is measured in the basis of the whole first batch, which no rank has before the ranks have met.
-FIRST_STEP_DIFFERS = {"ekfac"}
 #: A factor of low rank has no one eigenbasis; square layers leave at most one dimension without curvature.
 SQUARE = (6, 6)
 
@@ -52,7 +50,7 @@ def compositions_equal_one_process(folder: Path) -> None:
 
 def presets_equal_one_process(folder: Path) -> None:
     """Every preset; K-FAC and the others with drawn labels draw for a sample what one process draws for it."""
-    for name in sorted(set(available()["optimizers"]) - IN_THE_MEAN - FIRST_STEP_DIFFERS):
+    for name in sorted(set(available()["optimizers"]) - IN_THE_MEAN):
         sizes = SQUARE if name == "soap" else (5, 3)
         expected = network(*sizes)
         reference = build(expected, name, process_group=None)

@@ -23,9 +23,6 @@ IN_THE_MEAN = {"fisher-diagonal"}
 #: A factor of low rank has no one eigenbasis: rounding chooses it in the null space. Square layers leave at most one
 #: dimension, whose axis is unique.
 SQUARE = {"soap"}
-#: EK-FAC looks at its first loss twice, for the basis and for what is measured in it; a first step of several parts
-#: has no common basis to look in, and starts from K-FAC's eigenvalues. Its first step here is one part for both.
-FIRST_STEP_WHOLE = {"ekfac"}
 OPTIONS = {
     "empirical-fisher": {"likelihood": "categorical"},
     "low-rank": {"rank": 3},
@@ -83,10 +80,9 @@ def test_micro_batches_equal_one_batch(name: str, options: dict[str, Any], parts
             a.backward(loss_of(outputs, y), outputs)
             a.step()
             b.zero_grad()
-            n = 1 if t == 0 and name in FIRST_STEP_WHOLE else parts
-            for part_x, part_y in zip(x.chunk(n), y.chunk(n), strict=True):
+            for part_x, part_y in zip(x.chunk(parts), y.chunk(parts), strict=True):
                 outputs = split(part_x)
-                b.backward(loss_of(outputs, part_y) / n, outputs)
+                b.backward(loss_of(outputs, part_y) / parts, outputs)
             b.step()
         # SOAP divides by a root mean square of its own size along axes that hold little but rounding.
         rel = 1e-7 if name in SQUARE else 1e-12

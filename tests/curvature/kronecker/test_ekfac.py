@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from curvature import EKFAC, KFAC, LossGraph, Observation, estimate
+from curvature import EKFAC, KFAC, TRANSIENT, LossGraph, Observation, estimate
 from curvature.estimate import add_statistics
+from curvature.kronecker import moments
 from tests.curvature import dense
 
 Batch = tuple[Tensor, Tensor]
@@ -35,6 +37,16 @@ class Attending(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embed(tokens)
         return self.head(x + self.attention(x, x, x)[0]).mean(1)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.embed(tokens))).mean(1)[:, :3]
 
 
 CASES: dict[str, Any] = {
@@ -86,21 +98,87 @@ def test_first_update_is_the_one_shot_estimate(case: str, options: dict[str, Any
     assert dense.relative_error(product, exact) > 1e-3  # the premise: it is not K-FAC's product
 
 
-def test_micro_batches_of_the_first_step_start_from_the_product() -> None:
-    model, (x, y) = CASES["perceptron"]()
-    parts = [(x[:4], y[:4]), (x[4:], y[4:])]
-    ekfac = EKFAC(model)
+@pytest.mark.parametrize(
+    "options", [{}, {"sharing": "reduce"}, {"fisher": "mc", "samples": 2}, {"fisher": "empirical"}], ids=str
+)
+@pytest.mark.parametrize("case", CASES)
+def test_micro_batches_of_the_first_step_give_the_whole_batchs_estimate(
+    case: str, options: dict[str, Any]
+) -> None:
+    model, (x, y) = CASES[case]()
+    if case == "attention" and options.get("sharing") == "reduce":
+        # The softmax is blind to a shift of all keys, so their gradients add up to 0 and G has no eigenbasis at all.
+        model.attention.requires_grad_(False)
+    parts = [(x[:1], y[:1]), (x[1:4], y[1:4]), *([(x[4:], y[4:])] if len(y) > 4 else [])]
+    ekfac = EKFAC(model, **options)
     state = ekfac.init(dense.trainable(model))
     observe(ekfac, state, model, parts, weight(y))
-    product = estimate(KFAC(model), model, LOSS, [(x, y)]).to_dense()
+    exact = estimate(EKFAC(model, **options), model, LOSS, [(x, y)]).to_dense()
+    assert dense.relative_error(ekfac.operator(state).to_dense(), exact) < 1e-9
+
+
+def test_a_tied_head_has_its_first_moments_from_micro_batches_too() -> None:
+    model = Tied()
+    x, y = torch.randint(0, 5, (6, 3)), torch.randint(0, 3, (6,))
+    ekfac = EKFAC(model)
+    state = ekfac.init(dense.trainable(model))
+    observe(ekfac, state, model, [(x[:2], y[:2]), (x[2:], y[2:])], weight(y))
+    exact = estimate(EKFAC(model), model, LOSS, [(x, y)]).to_dense()
+    assert dense.relative_error(ekfac.operator(state).to_dense(), exact) < 1e-9
+
+
+def test_what_is_held_is_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A buffer that the next micro-batch overwrites may be the input of a layer."""
+    model, (x, y) = CASES["perceptron"]()
+    exact = estimate(EKFAC(model), model, LOSS, [(x.clone(), y)]).to_dense()
+    ekfac, params, statistics = EKFAC(model), dense.trainable(model), {}
+    state = ekfac.init(params)
+    buffer = torch.empty(2, 3)
+    for part in (slice(0, 2), slice(2, 4), slice(4, 6)):
+        buffer.copy_(x[part])
+        z = model(buffer)
+        loss = functional.cross_entropy(z, y[part], LOSS.weight, reduction="sum") / weight(y)
+        add_statistics(statistics, ekfac.measure(state, LossGraph(loss, params, z)))
+    ekfac.update(state, Observation(params, statistics=statistics, parameters=params))
+    assert dense.relative_error(ekfac.operator(state).to_dense(), exact) < 1e-9
+
+
+@pytest.mark.parametrize("fisher", ["type-2", "mc"])
+def test_a_first_step_too_large_to_hold(fisher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moments, "HELD", 10)
+    model, (x, y) = CASES["perceptron"]()
+    exact = estimate(EKFAC(model, fisher=fisher), model, LOSS, [(x, y)]).to_dense()
+    ekfac = EKFAC(model, fisher=fisher)
+    state = ekfac.init(dense.trainable(model))
+    observe(ekfac, state, model, [(x, y)], weight(y))  # one part is looked at twice
+    assert dense.relative_error(ekfac.operator(state).to_dense(), exact) < 1e-9
+    state = ekfac.init(dense.trainable(model))
+    parts = [(x[:4], y[:4]), (x[4:], y[4:])]
+    with pytest.warns(UserWarning, match="too many samples to hold.*starts from K-FAC's eigenvalues"):
+        observe(ekfac, state, model, parts, weight(y))
+    product = estimate(KFAC(model, fisher=fisher), model, LOSS, [(x, y)]).to_dense()
     assert dense.relative_error(ekfac.operator(state).to_dense(), product) < 1e-9
     # With the bases known, the second step's micro-batches measure S: with β = 0 it is the estimate.
-    forgetful = EKFAC(model, beta=0.0)
+    forgetful = EKFAC(model, beta=0.0, fisher=fisher)
     state = forgetful.init(dense.trainable(model))
     for _ in range(2):
-        observe(forgetful, state, model, parts, weight(y))
-    exact = estimate(EKFAC(model), model, LOSS, [(x, y)]).to_dense()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            observe(forgetful, state, model, parts, weight(y))
+        state["draws"] = 0
     assert dense.relative_error(forgetful.operator(state).to_dense(), exact) < 1e-8
+
+
+def test_nothing_is_held_after_the_first_step() -> None:
+    model, (x, y) = CASES["perceptron"]()
+    ekfac = EKFAC(model)
+    state = ekfac.init(dense.trainable(model))
+    observe(ekfac, state, model, [(x, y)], weight(y))
+    assert TRANSIENT not in state
+    z = model(x)
+    loss = functional.cross_entropy(z, y)
+    ekfac.measure(state, LossGraph(loss, dense.trainable(model), z))
+    assert state[TRANSIENT].held is None
 
 
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])

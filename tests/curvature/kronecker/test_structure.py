@@ -216,20 +216,6 @@ def test_no_tensor_is_left_behind_over_a_thousand_steps() -> None:
     assert counts[1] <= counts[0] + 10
 
 
-def test_inverse_work_is_staggered_and_first_update_is_the_observation() -> None:
-    from curvature.kronecker import learning
-
-    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(6)])
-    kfac = KFAC(model, inverse_interval=3)
-    kfac.init(dense.trainable(model))
-    layout = kfac._live.layout
-    assert len(learning.due_blocks(layout, 0, 3, {b.root for b in layout.blocks})) == 6
-    due = [learning.due_blocks(layout, step, 3, set()) for step in range(9, 12)]
-    assert [len(d) for d in due] == [2, 2, 2]
-    assert [len(learning.due_blocks(layout, step, 3, set())) for step in range(1, 5)] == [6, 6, 6, 6]
-    assert {b.root for d in due for b in d} == {b.root for b in layout.blocks}
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
