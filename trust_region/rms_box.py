@@ -27,7 +27,7 @@ class RmsBox(Shape):
 
     Inside the box stands the natural-gradient step g/F with F = (1+s)h; where that leaves the box the step is Adam's
     times d: u = d g / (max(d F, √v̂) + ε). With ``interior=False`` the step always goes to the edge of the box, and a
-    fixed radius of 1 makes it Adam's; no curvature is asked then, so that the model may predict a rise for a large radius.
+    fixed radius of 1 makes it Adam's; no curvature is asked then, and with a large radius the model may predict a rise.
     A negative h goes to the edge, which is the exact minimiser there.
 
     The second moment v̂ is the curvature's own where that is the empirical Fisher diagonal (SOAA, Adam: no extra
