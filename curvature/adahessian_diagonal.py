@@ -12,11 +12,13 @@ from typing import cast
 
 from torch import Tensor
 
-from curvature.hutchinson import HutchinsonDiagonal
+from curvature.estimate import from_statistics
+from curvature.hutchinson import DiagonalMode, HutchinsonDiagonal, diagonal_by_differences
 from curvature.loss_graph import LossGraph
 from curvature.operators import DiagonalOperator, MappedDiagonal
 from curvature.probes import Distribution
-from curvature.protocols import Estimator, Needs, Observation, State, Statistics
+from curvature.problem import Problem
+from curvature.protocols import CurvatureOperator, Estimator, Needs, Observation, State, Statistics
 from curvature.registry import estimators
 from curvature.running_mean import running_mean_
 
@@ -38,6 +40,7 @@ class AdaHessianDiagonal(Estimator):
         spatial_average: average the estimate over each convolution kernel (dimensions after the second).
         block_size: with ``spatial_average``, average matrices too, see :class:`curvature.HutchinsonDiagonal`.
         seed: of the probes.
+        hvp: ``"reverse"`` or ``"finite-difference"``, see :class:`curvature.HutchinsonDiagonal`.
 
     >>> import torch
     >>> from curvature import estimate
@@ -58,6 +61,7 @@ class AdaHessianDiagonal(Estimator):
     spatial_average: bool = True
     seed: int = 0
     block_size: int = 1
+    hvp: DiagonalMode = "reverse"
 
     semidefinite = True
 
@@ -75,12 +79,31 @@ class AdaHessianDiagonal(Estimator):
             seed=self.seed,
             spatial_average=self.spatial_average,
             block_size=self.block_size,
+            hvp=self.hvp,
         )
 
     @property
     def needs(self) -> Needs:
-        """Hessian-vector products."""
+        """Those of the Hutchinson estimate."""
         return self._hutchinson().needs
+
+    @property
+    def evaluates_gradients(self) -> bool:  # type: ignore[override]
+        """As the Hutchinson estimate."""
+        return self._hutchinson().evaluates_gradients
+
+    @property
+    def shardable(self) -> bool:
+        """As the Hutchinson estimate."""
+        return self._hutchinson().shardable
+
+    def estimate(self, problem: Problem) -> CurvatureOperator:
+        """One shot over batches."""
+        return (
+            diagonal_by_differences(self, problem)
+            if self.evaluates_gradients
+            else from_statistics(self, problem)
+        )
 
     def init(self, params: Sequence[Tensor]) -> State:
         """v = 0, and the counters of the Hutchinson estimate."""
@@ -98,10 +121,10 @@ class AdaHessianDiagonal(Estimator):
 
     def update(self, state: State, seen: Observation) -> None:
         """v ← β₂v + (1-β₂)h̄², bias-corrected, on refresh steps."""
+        measured = self._hutchinson().measured(state, seen)
         state["step"] = cast(int, state["step"]) + 1
-        if not seen.statistics:
+        if measured is None:
             return
-        measured = cast("list[Tensor]", seen.statistics["diagonal"])
         mean, count = cast("list[Tensor]", state["mean_square"]), cast("list[Tensor]", state["count"])
         live = [i for i, g in enumerate(seen.gradient) if g is not None]
         averaged = self._hutchinson().averaged

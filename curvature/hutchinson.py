@@ -7,18 +7,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
 from curvature import vectors
+from curvature.estimate import from_statistics
 from curvature.loss_graph import LossGraph
+from curvature.matrix_free.hessian import difference_product
+from curvature.matrix_free.snapshot import Snapshot
 from curvature.operators import DiagonalOperator
 from curvature.probes import Distribution, probe
-from curvature.protocols import Estimator, Needs, Observation, State, Statistics
+from curvature.problem import Problem
+from curvature.protocols import (
+    CurvatureEstimator,
+    CurvatureOperator,
+    Estimator,
+    HessianProduct,
+    Needs,
+    Observation,
+    State,
+    Statistics,
+)
 from curvature.registry import estimators
 from curvature.running_mean import check_beta, running_mean_
+
+DiagonalMode = Literal["reverse", "finite-difference"]
+"""How a probe's Hessian-vector product is taken."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +58,8 @@ class HutchinsonDiagonal(Estimator):
         spatial_average: average over each convolution kernel, the dimensions after the second.
         block_size: with ``spatial_average``, average a matrix over runs of this many neighbours along its last
             dimension (the inputs of a linear layer), the last of a row shorter where it must be; 1 leaves them alone.
+        hvp: ``"reverse"``, on the loss's graph; or ``"finite-difference"``, two gradients a probe, for a model without
+            a double backward (sharded, compiled): in an optimizer it needs ``step(closure)``, and no graph.
 
     >>> import torch
     >>> from curvature import estimate
@@ -65,11 +83,14 @@ class HutchinsonDiagonal(Estimator):
     seed: int = 0
     spatial_average: bool = False
     block_size: int = 1
+    hvp: DiagonalMode = "reverse"
 
     semidefinite = False
 
     def __post_init__(self) -> None:
         check_beta(self.beta)
+        if self.hvp not in get_args(DiagonalMode):
+            raise ValueError(f"hvp must be 'reverse' or 'finite-difference', got {self.hvp!r}")
         if self.probes < 1:
             raise ValueError(f"probes must be >= 1, got {self.probes}")
         if self.interval < 1:
@@ -87,8 +108,18 @@ class HutchinsonDiagonal(Estimator):
 
     @property
     def needs(self) -> Needs:
-        """Hessian-vector products."""
-        return Needs.GRAD | Needs.HVP
+        """Hessian-vector products on the loss's graph; finite differences need only gradients."""
+        return Needs.GRAD if self.evaluates_gradients else Needs.GRAD | Needs.HVP
+
+    @property
+    def evaluates_gradients(self) -> bool:  # type: ignore[override]
+        """Finite differences run the closure again."""
+        return self.hvp == "finite-difference"
+
+    @property
+    def shardable(self) -> bool:
+        """Gradients of shards are at hand, a graph of them is not; runs of a matrix may cross a cut."""
+        return self.evaluates_gradients and self.block_size == 1
 
     def init(self, params: Sequence[Tensor]) -> State:
         """h = 0; the step count is the host's, since it decides what is computed."""
@@ -102,13 +133,37 @@ class HutchinsonDiagonal(Estimator):
         """Every ``interval`` steps, beginning with the first."""
         return cast(int, state["step"]) % self.interval == 0
 
+    def estimate(self, problem: Problem) -> CurvatureOperator:
+        """One shot over batches."""
+        return (
+            diagonal_by_differences(self, problem)
+            if self.evaluates_gradients
+            else from_statistics(self, problem)
+        )
+
     def measure(self, state: State, graph: LossGraph) -> Statistics:
         """Mean of z ⊙ Hz over the probes of this step."""
-        step = cast(int, state["step"])
+        return {"diagonal": self.probed(graph.hvp, graph.params, cast(int, state["step"]))}
+
+    def measured(self, state: State, seen: Observation) -> list[Tensor] | None:
+        """This step's estimate, measured on the loss's graph or here by differences; ``None`` between refreshes."""
+        if not self.evaluates_gradients:
+            return cast("list[Tensor] | None", seen.statistics.get("diagonal"))
+        if not self.due(state):
+            return None
+        if seen.gradient_at is None:
+            raise RuntimeError(
+                'hvp="finite-difference" evaluates gradients at shifted points: use step(closure)'
+            )
+        product = difference_product(seen.gradient_at, seen.parameters)
+        return self.probed(product, seen.parameters, cast(int, state["step"]))
+
+    def probed(self, hvp: HessianProduct, params: Sequence[Tensor], step: int) -> list[Tensor]:
+        """Mean of z ⊙ Hz over the probes of a step."""
         estimate: list[Tensor] = []
         for k in range(self.probes):
-            z = probe(graph.params, self.seed, step * self.probes + k, self.distribution)
-            product = graph.hvp(z)
+            z = probe(params, self.seed, step * self.probes + k, self.distribution)
+            product = hvp(z)
             if k == 0:  # the probe's own memory
                 torch._foreach_mul_(z, [hz.to(z_i.dtype) for hz, z_i in zip(product, z, strict=True)])
                 estimate = z
@@ -117,14 +172,14 @@ class HutchinsonDiagonal(Estimator):
                 e.addcmul_(z_i, hz_i.to(e.dtype))
         if self.probes > 1:
             torch._foreach_div_(estimate, float(self.probes))
-        return {"diagonal": estimate}
+        return estimate
 
     def update(self, state: State, seen: Observation) -> None:
         """Take mean(z ⊙ Hz), averaged over space if asked, into h on refresh steps."""
+        measured = self.measured(state, seen)
         state["step"] = cast(int, state["step"]) + 1
-        if not seen.statistics:
+        if measured is None:
             return
-        measured = cast("list[Tensor]", seen.statistics["diagonal"])
         diagonal, count = cast("list[Tensor]", state["diagonal"]), cast("list[Tensor]", state["count"])
         live = [i for i, g in enumerate(seen.gradient) if g is not None]
         values = [self.averaged(measured[i]) for i in live]
@@ -137,6 +192,15 @@ class HutchinsonDiagonal(Estimator):
     def operator(self, state: State) -> DiagonalOperator:
         """diag(h)."""
         return DiagonalOperator(cast("list[Tensor]", state["diagonal"]))
+
+
+def diagonal_by_differences(estimator: CurvatureEstimator, problem: Problem) -> CurvatureOperator:
+    """One shot over batches of an estimator that takes its products by differences of gradients."""
+    snapshot = Snapshot(problem, math_attention=False)
+    params = snapshot.params
+    state = estimator.init(params)
+    estimator.update(state, Observation(params, parameters=params, gradient_at=snapshot.gradient_at))
+    return estimator.operator(state)
 
 
 def over_space(h: Tensor, block_size: int = 1) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -11,6 +12,22 @@ from torch import Tensor
 from curvature.vectors import compute_dtype
 
 Distribution = Literal["rademacher", "gaussian"]
+
+Cut = Callable[[int, Tensor, Callable[[Sequence[int]], Tensor]], Tensor]
+"""(i, this process's shard of tensor i, shape ↦ numbers drawn in that shape) ↦ the shard's part of the whole draw."""
+
+_cut: Cut | None = None
+
+
+@contextmanager
+def drawn_whole(cut: Cut) -> Iterator[None]:
+    """Inside, a probe of shards is the shards of the probe that one process with whole tensors would draw."""
+    global _cut
+    before, _cut = _cut, cut
+    try:
+        yield
+    finally:
+        _cut = before
 
 
 def generator(seed: int, index: int, device: torch.device) -> torch.Generator:
@@ -34,18 +51,20 @@ def probe(
     >>> sorted(set(z.tolist()))
     [-1.0, 1.0]
     """
+    if distribution not in ("rademacher", "gaussian"):
+        raise ValueError(f"distribution must be 'rademacher' or 'gaussian', got {distribution!r}")
     generators: dict[torch.device, torch.Generator] = {}
     drawn = []
-    for p in params:
-        if p.device not in generators:
-            generators[p.device] = generator(seed, index, p.device)
-        dtype = compute_dtype(p.dtype)
-        if distribution == "rademacher":
-            drawn.append(signs(p.shape, dtype, p.device, generators[p.device]))
-        elif distribution == "gaussian":
-            drawn.append(torch.randn(p.shape, generator=generators[p.device], device=p.device, dtype=dtype))
-        else:
-            raise ValueError(f"distribution must be 'rademacher' or 'gaussian', got {distribution!r}")
+    for i, p in enumerate(params):
+        random = generators.setdefault(p.device, generator(seed, index, p.device))
+
+        def draw(shape: Sequence[int], p: Tensor = p, random: torch.Generator = random) -> Tensor:
+            dtype = compute_dtype(p.dtype)
+            if distribution == "rademacher":
+                return signs(shape, dtype, p.device, random)
+            return torch.randn(tuple(shape), generator=random, device=p.device, dtype=dtype)
+
+        drawn.append(draw(p.shape) if _cut is None else _cut(i, p, draw))
     return drawn
 
 

@@ -37,6 +37,16 @@ class WrappedDiagonal:
         """As the wrapped estimator."""
         return bool(getattr(self.estimator, "tracks_steps", False))
 
+    @property
+    def evaluates_gradients(self) -> bool:
+        """As the wrapped estimator."""
+        return bool(getattr(self.estimator, "evaluates_gradients", False))
+
+    @property
+    def shardable(self) -> bool:
+        """As the wrapped estimator: what is done to its diagonal is done element by element."""
+        return bool(getattr(self.estimator, "shardable", False))
+
     def init(self, params: Sequence[Tensor]) -> State:
         """The wrapped estimator's state."""
         return self.estimator.init(params)

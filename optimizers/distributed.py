@@ -13,20 +13,22 @@ Eigendecompositions of factors that every rank holds alike are divided among the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, distributed
 
-from curvature import vectors
+from curvature import probes, vectors
+from curvature.matrix_free.estimator import MatrixFreeEstimator
 from curvature.matrix_free.operator import MatrixFreeOperator
 from curvature.protocols import CurvatureEstimator, CurvatureOperator, Needs, Statistics
 from curvature.shared_work import divided_among
 from optimizers.checks import signal_names
-from optimizers.sharding import is_distributed
+from optimizers.sharding import is_distributed, local, stored_like
+from trust_region import SteihaugCG
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -42,10 +44,12 @@ class Ranks:
     Args:
         groups: those over which a mean goes, one after another (one group; with hybrid sharding one a mesh dimension).
         shards: those over which every parameter is spread, or ``None``.
+        spread: the parameters that are, which know how each of them is cut.
     """
 
     groups: tuple[ProcessGroup, ...] = ()
     shards: ProcessGroup | None = None
+    spread: tuple[Tensor, ...] = ()
 
     @property
     def size(self) -> int:
@@ -107,13 +111,25 @@ class Ranks:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Inside, sums over elements go over all shards, and work that all ranks could do is divided among them."""
+        """Inside, sums over elements go over all shards, and work that all ranks could do is divided among them.
+
+        A random probe of shards is drawn whole, so that it is the one that a single process draws.
+        """
         if self.shards is None:
             with self.dividing():
                 yield
             return
-        with vectors.sharded(self._combine):
+        with vectors.sharded(self._combine), probes.drawn_whole(self._cut):
             yield
+
+    def _cut(self, i: int, shard: Tensor, draw: Callable[[Sequence[int]], Tensor]) -> Tensor:
+        p = self.spread[i]
+        if local(p).shape != shard.shape:
+            raise ValueError(
+                f"a probe of shards must follow the parameters: tensor {i} has shape {tuple(shard.shape)}, the shard "
+                f"of the parameter {tuple(local(p).shape)}"
+            )
+        return cast(Tensor, local(stored_like(p, draw(p.shape))))
 
     @contextmanager
     def dividing(self) -> Iterator[None]:
@@ -210,7 +226,7 @@ def _mesh_ranks(spread: Sequence[Any], total: int) -> Ranks:
     if len(dims) != 1 or any(not any(x.is_shard() for x in p.placements) for p in spread):
         raise ValueError("all parameters must be sharded over the same mesh dimension, as fully_shard does")
     groups = tuple(mesh.get_group(i) for i in range(mesh.ndim))
-    return Ranks(groups, mesh.get_group(dims.pop()))
+    return Ranks(groups, mesh.get_group(dims.pop()), tuple(spread))
 
 
 def check_shardable(ranks: Ranks, curvature: CurvatureEstimator, trust_region: TrustRegion) -> None:
@@ -222,7 +238,7 @@ def check_shardable(ranks: Ranks, curvature: CurvatureEstimator, trust_region: T
     if ranks.shards is None:
         return
     name = type(curvature).__name__
-    if curvature.needs & (Needs.HVP | Needs.GGN):
+    if Needs.HVP in curvature.needs:
         raise ValueError(
             f"{name} needs {signal_names(curvature.needs.graph)}, and fully_shard has no double backward: use "
             'hvp="finite-difference" (Hessian products from two gradients, in the closure loop), or DDP'
@@ -230,9 +246,24 @@ def check_shardable(ranks: Ranks, curvature: CurvatureEstimator, trust_region: T
     if curvature.needs.graph:
         raise ValueError(
             f"{name} needs {signal_names(curvature.needs.graph)}, which parameters sharded by fully_shard cannot give: "
-            "use DDP, or curvature that needs only gradients"
+            'use DDP, curvature that needs only gradients, or the Hessian with hvp="finite-difference" (products from '
+            "two gradients, in the closure loop)"
         )
     solver = trust_region.subproblem if trust_region.subproblem is not None else trust_region.region
+    if isinstance(curvature, MatrixFreeEstimator) and not isinstance(solver, SteihaugCG):
+        raise ValueError(
+            f"{type(solver).__name__} asks more of {name} than products, which is all that shards of it have: use "
+            'SteihaugCG, or HutchinsonDiagonal(hvp="finite-difference")'
+        )
+    if getattr(curvature, "spatial_average", False) and any(
+        placement.is_shard() and placement.dim > 1
+        for p in cast("tuple[Any, ...]", ranks.spread)
+        for placement in p.placements
+    ):
+        raise ValueError(
+            f"{name} averages over convolution kernels, and a parameter is cut through them: use "
+            "spatial_average=False, or shard along the first dimension"
+        )
     parts = (curvature, solver, trust_region.radius)  # beside a solver the region only names the shape
     for part in parts:
         if not getattr(part, "shardable", False):

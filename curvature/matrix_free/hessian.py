@@ -84,11 +84,18 @@ class Hessian(MatrixFreeEstimator):
         """Finite differences run the closure again."""
         return self.hvp == "finite-difference"
 
+    @property
+    def shardable(self) -> bool:
+        """Gradients of shards are at hand, a graph of them is not."""
+        return self.hvp == "finite-difference"
+
     def loop_product(self, state: State, seen: Observation) -> HessianProduct:
         """Σ of the products of this step's losses, or a difference of gradients of the closure."""
         if self.hvp == "finite-difference":
             if seen.gradient_at is None:
-                raise RuntimeError('hvp="finite-difference" evaluates gradients at shifted points: use step(closure)')
+                raise RuntimeError(
+                    'hvp="finite-difference" evaluates gradients at shifted points: use step(closure)'
+                )
             return difference_product(seen.gradient_at, seen.parameters)
         if self.hvp == "forward":
             raise ValueError(
@@ -151,7 +158,10 @@ def forward_product(snapshot: Snapshot, batch: tuple[Any, Any], v: Sequence[Tens
         gradient = snapshot.within(duals, differentiate)
         tangents = [forward_ad.unpack_dual(g).tangent for g in gradient]
         # The clone outlives the level; a gradient without a tangent does not depend on θ.
-        return [torch.zeros_like(p) if t is None else t.detach().clone() for p, t in zip(leaves, tangents, strict=True)]
+        return [
+            torch.zeros_like(p) if t is None else t.detach().clone()
+            for p, t in zip(leaves, tangents, strict=True)
+        ]
 
 
 class _DualTargets(TorchFunctionMode):
@@ -188,7 +198,9 @@ def difference_product(
         length = vectors.norm(v)
         if not bool(length > 0):
             return [torch.zeros_like(x) for x in v]
-        step = unit_roundoff ** (1 / 3) * (1.0 + vectors.norm([p.detach() for p in params]).to(length)) / length
+        step = (
+            unit_roundoff ** (1 / 3) * (1.0 + vectors.norm([p.detach() for p in params]).to(length)) / length
+        )
         ahead = gradient_at(vectors.scale(v, step))
         behind = gradient_at(vectors.scale(v, -step))
         return vectors.scale(vectors.add(ahead, behind, -1.0), 0.5 / step)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from curvature import AdaHessianDiagonal
+from curvature.hutchinson import DiagonalMode
 from curvature.probes import Distribution
 from optimizers.momentum import RunningMean
 from optimizers.presets.soaa import check_betas
@@ -35,6 +36,7 @@ class AdaHessian(SecondOrder):
         interval: steps between refreshes, >= 1.
         spatial_average: average the diagonal over each convolution kernel.
         seed: of the probes.
+        hvp: ``"reverse"``, or ``"finite-difference"`` for models without a double backward, with ``step(closure)``.
         **options: of :class:`SecondOrder`.
 
     >>> import torch
@@ -63,6 +65,7 @@ class AdaHessian(SecondOrder):
         interval: int = 1,
         spatial_average: bool = True,
         seed: int = 0,
+        hvp: DiagonalMode = "reverse",
         **options: Any,
     ) -> None:
         beta_1, beta_2 = check_betas(betas)
@@ -79,6 +82,7 @@ class AdaHessian(SecondOrder):
                 interval=interval,
                 spatial_average=spatial_average,
                 seed=seed,
+                hvp=hvp,
             ),
             trust_region=TrustRegion(region=Unbounded(), radius=FixedRadius(damping=eps)),
             momentum=RunningMean(beta_1),

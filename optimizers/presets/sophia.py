@@ -9,6 +9,7 @@ from torch.optim.optimizer import ParamsT
 
 from curvature import CurvatureEstimator, FlooredDiagonal, HutchinsonDiagonal
 from curvature.fisher_diagonal import FisherDiagonal
+from curvature.hutchinson import DiagonalMode
 from curvature.likelihood import Likelihood
 from curvature.probes import Distribution
 from optimizers.momentum import PlainMean
@@ -37,6 +38,7 @@ class SophiaH(SecondOrder):
         probes: Hessian-vector products a refresh, >= 1.
         distribution: of the probes.
         seed: of the probes.
+        hvp: ``"reverse"``, or ``"finite-difference"`` for models without a double backward, with ``step(closure)``.
         **options: of :class:`SecondOrder`.
 
     >>> import torch
@@ -65,12 +67,13 @@ class SophiaH(SecondOrder):
         probes: int = 1,
         distribution: Distribution = "gaussian",
         seed: int = 0,
+        hvp: DiagonalMode = "reverse",
         **options: Any,
     ) -> None:
         beta_1, beta_2 = check_betas(betas)
         check_sophia(gamma, rho, eps)
         h = HutchinsonDiagonal(
-            beta=beta_2, probes=probes, distribution=distribution, interval=interval, seed=seed
+            beta=beta_2, probes=probes, distribution=distribution, interval=interval, seed=seed, hvp=hvp
         )
         super().__init__(
             params,

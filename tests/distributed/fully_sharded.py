@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from optimizers import build
+from curvature import Hessian
+from optimizers import AdaHessian, SecondOrder, SophiaH, TrustRegionNewton, build
 from tests.distributed.problem import (
+    BY_DIFFERENCES,
     adamw,
     alone,
     ball,
@@ -24,6 +26,7 @@ from tests.distributed.problem import (
     train,
     whole,
 )
+from trust_region import Box, L2Ball, RmsBox, SteihaugCG, TrustRegion, Unbounded
 
 
 def compositions_equal_one_process(folder: Path) -> None:
@@ -52,14 +55,43 @@ def shards_are_uneven_and_empty(folder: Path) -> None:
 
 
 def refusals_when_built(folder: Path) -> None:
+    """What cannot work on shards says so before the first step, and the finite differences that it offers are taken."""
+    params = list(sharded().parameters())
+    products = (
+        hutchinson,
+        TrustRegionNewton,
+        AdaHessian,
+        SophiaH,
+        lambda p: SecondOrder(p, curvature=Hessian(), trust_region=TrustRegion(L2Ball(), SteihaugCG())),
+    )
+    for make in products:
+        try:
+            make(params)
+        except ValueError as error:
+            assert 'hvp="finite-difference"' in str(error)  # noqa: PT017
+        else:
+            raise AssertionError("Hessian products of sharded parameters were not refused")
+    for offered in BY_DIFFERENCES:
+        offered(params)
+    for region in (Box(), RmsBox(), Unbounded()):
+        try:
+            SecondOrder(params, curvature=Hessian(hvp="finite-difference"), trust_region=TrustRegion(region))
+        except ValueError as error:
+            assert "asks more of Hessian than products" in str(error)  # noqa: PT017
+        else:
+            raise AssertionError(f"{type(region).__name__} with products of shards was not refused")
     model = sharded()
-    try:
-        hutchinson(model.parameters())
-    except ValueError as error:
-        assert 'hvp="finite-difference"' in str(error)  # noqa: PT017
-    else:
-        raise AssertionError("Hessian products of sharded parameters were not refused")
-    for name in ("muon", "kfac", "shampoo", "soap", "hessian-free", "lamb"):
+    for name in (
+        "muon",
+        "kfac",
+        "ekfac",
+        "shampoo",
+        "soap",
+        "hessian-free",
+        "lamb",
+        "sophia-g",
+        "natural-gradient",
+    ):
         try:
             build(model, name)
         except ValueError as error:

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from curvature import EmpiricalFisherDiagonal, HutchinsonDiagonal
-from optimizers import SOAA, AdamW, SecondOrder, Tadam
+from optimizers import SOAA, AdaHessian, AdamW, SecondOrder, SophiaH, Tadam, TrustRegionNewton
 from trust_region import FixedRadius, L2Ball, RatioRadius, RmsBox, SteihaugCG, TrustRegion
 
 BATCH = 12
+#: Relative: what a difference of two float64 gradients leaves, about u^(2/3) a product, after a few steps.
+DIFFERENCES = 1e-6
 Make = Callable[[Any], SecondOrder]
 
 
@@ -62,6 +64,30 @@ def hutchinson(params: Any) -> SecondOrder:
     )
 
 
+def newton_by_differences(params: Any) -> SecondOrder:
+    """A small radius to begin with, so that steps end on the boundary and inside."""
+    return TrustRegionNewton(params, initial_radius=0.3, hvp="finite-difference")
+
+
+def hutchinson_by_differences(params: Any) -> SecondOrder:
+    return SecondOrder(
+        params,
+        lr=1e-2,
+        curvature=HutchinsonDiagonal(interval=2, beta=0.9, probes=2, hvp="finite-difference"),
+        trust_region=TrustRegion(region=RmsBox(), radius=FixedRadius(1.0)),
+        momentum=0.9,
+    )
+
+
+def adahessian_by_differences(params: Any) -> SecondOrder:
+    return AdaHessian(params, lr=1e-2, interval=2, hvp="finite-difference")
+
+
+def sophia_by_differences(params: Any) -> SecondOrder:
+    """Gaussian probes."""
+    return SophiaH(params, lr=1e-2, interval=2, hvp="finite-difference")
+
+
 def ball(params: Any) -> SecondOrder:
     """A trial, a rollback where it fails: the radius starts far too large."""
     return SecondOrder(
@@ -70,6 +96,14 @@ def ball(params: Any) -> SecondOrder:
         curvature=EmpiricalFisherDiagonal(beta=0.9),  # far too flat: steps end on the boundary
         trust_region=TrustRegion(L2Ball(), SteihaugCG(), RatioRadius(initial_radius=400.0)),
     )
+
+
+BY_DIFFERENCES: tuple[Make, ...] = (
+    newton_by_differences,
+    hutchinson_by_differences,
+    adahessian_by_differences,
+    sophia_by_differences,
+)
 
 
 def sharded(layers: bool = True) -> nn.Module:

@@ -15,6 +15,7 @@ SAME = [
     "data_parallel.bad_gradient_on_one_rank_skips_all",
     "fully_sharded.shards_are_uneven_and_empty",
     "fully_sharded.compositions_equal_one_process",
+    "differences.equal_one_process",
     "inverses.work_falls_with_ranks",
 ]
 
