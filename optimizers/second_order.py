@@ -13,19 +13,16 @@ from torch.optim.optimizer import ParamsT
 from curvature import vectors
 from curvature.identity import Identity
 from curvature.loss_graph import LossGraph
-from curvature.operators import DiagonalOperator
 from curvature.protocols import TRANSIENT, CurvatureEstimator, Needs, Observation, State
-from optimizers import blocked, checkpoint, core, diagonal_step, elementwise, state_layout, step_info, trial
+from optimizers import checkpoint, core, state_layout, step_info, trial
 from optimizers.checks import FLAGS, check_flags, check_group, check_unmoved, signal_names
-from optimizers.compiled.elementwise_path import ElementwisePath
-from optimizers.compiled.kernels import compiler_failures
-from optimizers.compiled.two_pass import Options, Tensors
-from optimizers.distributed import Ranks, check_shardable, find_ranks
+from optimizers.distributed import ALONE, Ranks, check_shardable, find_ranks
 from optimizers.momentum import Momentum, RunningMean
 from optimizers.pending import Pending
 from optimizers.scaling import GradScale
 from optimizers.sharding import local, stored
 from optimizers.step_info import StepInfo
+from optimizers.step_paths import Compile, Held, StepPaths, check_compile
 from trust_region import Proposal, TrustRegion, Verdict
 
 if TYPE_CHECKING:
@@ -81,7 +78,7 @@ class SecondOrder(torch.optim.Optimizer):
         momentum: float | Momentum = 0.0,
         weight_decay: float = 0.0,
         maximize: bool = False,
-        compile: bool | Literal["auto"] = "auto",  # noqa: A002
+        compile: Compile = "auto",  # noqa: A002
         process_group: ProcessGroup | Literal["auto"] | None = "auto",
         **flags: Any,
     ) -> None:
@@ -92,16 +89,7 @@ class SecondOrder(torch.optim.Optimizer):
         self.curvature: CurvatureEstimator = Identity() if curvature is None else curvature
         self.trust_region = TrustRegion() if trust_region is None else trust_region
         self.momentum: Momentum = RunningMean(momentum) if isinstance(momentum, (int, float)) else momentum
-        if compile not in (True, False, "auto"):
-            raise ValueError(f'compile must be True, False or "auto", got {compile!r}')
-        if (
-            compile is True
-            and elementwise.formula_of(self.curvature, self.trust_region, self.momentum) is None
-        ):
-            raise ValueError(
-                "compile=True takes compositions whose step is one formula an element (SOAA with one radius, Adam, "
-                f'AdamW), got {type(self.curvature).__name__} with {self.trust_region}: leave compile at "auto"'
-            )
+        check_compile(compile, self._composition())
         self.compile = compile
         self.process_group = process_group
         self.needs: Needs = self.curvature.needs | self.trust_region.needs
@@ -126,13 +114,12 @@ class SecondOrder(torch.optim.Optimizer):
         self._backward_called = False
         self._warned_no_loss = False
         self._info = StepInfo()
-        self._path: ElementwisePath | None = None
-        self._path_refused = False
+        self._paths = StepPaths(self._composition(), self.compile)
 
     @property
     def step_info(self) -> StepInfo:
         """The record of the last step; asked for after a compiled step it costs one pass over the state."""
-        self._settle()
+        self._paths.settle()
         return self._info
 
     @step_info.setter
@@ -153,11 +140,24 @@ class SecondOrder(torch.optim.Optimizer):
     def _per_parameter(self, name: str) -> list[Any]:
         return [group[name] for group in self.param_groups for _ in group["params"]]
 
+    def _held(self) -> Held:
+        return Held(
+            self._params,
+            self._shards,
+            self.param_groups,
+            self.state,
+            self._curvature_state,
+            self._region_state,
+        )
+
+    def _composition(self, ranks: Ranks = ALONE) -> core.Composition:
+        return core.Composition(self.curvature, self.trust_region, self.momentum, ranks)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its state is created at once, the state of the others is kept."""
         kept = len(self._params)
-        self._settle()
-        self._path, self._path_refused = None, False
+        self._paths.settle()
+        self._paths.forget(tried=True)
         super().add_param_group(param_group)
         try:
             check_group(self.param_groups[-1], self.needs)
@@ -197,7 +197,7 @@ class SecondOrder(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """The three choices travel with the state, so that deepcopy and pickle keep them."""
-        self._settle()
+        self._paths.settle()
         held: dict[str, Any] = super().__getstate__()
         for name in ("curvature", "trust_region", "momentum", "compile", "needs", "_built_for"):
             held[name] = getattr(self, name)
@@ -210,15 +210,16 @@ class SecondOrder(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore; what was pending belongs to the graph of another object and is not."""
         super().__setstate__(state)
-        self.defaults.pop("differentiable", None)  # PyTorch adds it to every copy, from where groups would take it
+        # PyTorch adds it to every copy, from where groups would take it
+        self.defaults.pop("differentiable", None)
         for group in self.param_groups:  # of an older version, whose groups lack what did not exist then
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
         if "curvature" not in state:  # PyTorch's load_state_dict comes by here with groups and state alone
             return
-        self._set_transients()
         self.__dict__.setdefault("compile", "auto")
         self.__dict__.setdefault("process_group", "auto")
+        self._set_transients()
         self.__dict__.setdefault("_built_for", [(p.dtype, p.device) for p in self._params])
         attach = getattr(self.curvature, "attach", None)
         if attach is not None:
@@ -246,13 +247,13 @@ class SecondOrder(torch.optim.Optimizer):
         self.state.update(entries)
         self._regather()
         self._pending.discard()
-        self._path = None  # it worked on the state that has been replaced
+        self._paths.forget()  # what is compiled worked on the state that has been replaced
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
     def state_dict(self) -> dict[str, Any]:
         """Groups and state, as every ``torch.optim`` optimizer gives them."""
-        self._settle()
+        self._paths.settle()
         return super().state_dict()
 
     def state_bytes(self) -> int:
@@ -372,15 +373,17 @@ class SecondOrder(torch.optim.Optimizer):
         scale: GradScale,
     ) -> None:
         params = self._shards
-        if self._moved_compiled(loss, scale):
+        ranks = find_ranks(self._params, self.process_group)
+        info = self._paths.compiled(self._held(), loss, scale, ranks, self._check_signals)
+        if info is not None:
+            self._info = info
             return
-        self._settle()
-        self._path = None  # built anew, for counts that no longer agree
+        self._paths.settle()
+        self._paths.forget()  # built anew, for counts that no longer agree
         gradient = scale.unscaled(self._gradient())
         if all(g is None for g in gradient):
             return
         self._check_signals(loss)
-        ranks = find_ranks(self._params, self.process_group)
         if loss is not None:
             loss = loss.to(params[0].device)
         finite = scale.finite(vectors.all_finite([g for g in gradient if g is not None])).to(params[0].device)
@@ -402,10 +405,13 @@ class SecondOrder(torch.optim.Optimizer):
         ranks: Ranks,
     ) -> None:
         """Refresh the curvature, propose, and move (or try)."""
-        if self._moved_elementwise(gradient, loss):
+        held = self._held()
+        composition = self._composition(ranks)
+        taken = self._paths.blocked(held, gradient)
+        if taken is not None:
+            self._record(loss, taken, core.review(composition, self._region_state, taken, loss), None)
             return
         params = self._shards
-        composition = core.Composition(self.curvature, self.trust_region, self.momentum, ranks)
         seen = Observation(
             gradient=gradient,
             loss=loss,
@@ -415,31 +421,17 @@ class SecondOrder(torch.optim.Optimizer):
             step_change=self._step_change(),
             gradient_at=self._gradient_at(closure, before),
         )
-        betas, lr = self._per_parameter("momentum"), self._per_parameter("lr")
         operator = core.refreshed(composition, seen, self._curvature_state)
-        means = self._momentum_buffers(betas)
-        damping = self._region_state.get("damping", 0.0)
-        if ranks.shards is None and diagonal_step.suits(
-            operator, self.trust_region, self.momentum, params, gradient, means, damping
-        ):
-            proposal = diagonal_step.step_(
-                cast(DiagonalOperator, operator),
-                self.trust_region,
-                self.momentum,
-                params,
-                cast("list[Tensor]", gradient),
-                means,
-                [self.state[p]["step"] for p in self._params],
-                (betas, lr, self._per_parameter("weight_decay")),
-                (float(cast(Tensor, self._region_state["radius"])), float(cast(Tensor, damping))),
-            )
-            self._record(loss, proposal, None, None)
+        taken = self._paths.diagonal(held, operator, gradient, ranks)
+        if taken is not None:
+            self._record(loss, taken, None, None)
             return
+        betas, lr = self._per_parameter("momentum"), self._per_parameter("lr")
         averaged = core.averaged_gradient(
             self.momentum,
             gradient,
-            means,
-            [self.state[p]["step"] for p in self._params],
+            held.momentum_buffers(),
+            held.steps,
             betas,
             params,
         )
@@ -456,102 +448,6 @@ class SecondOrder(torch.optim.Optimizer):
                 self.trust_region.pass_over(self._region_state)
             self._apply(proposal.step, gradient)
         self._record(loss, proposal, verdict, actual)
-
-    def _moved_compiled(self, loss: Tensor | None, scale: GradScale) -> bool:
-        """Take the step in two compiled passes, where it is one formula an element and the tensors allow it."""
-        path = self._compiled_path()
-        if path is None:
-            return False
-        gradient = [p.grad for p in self._params]
-        if not path.takes(gradient):
-            return False
-        self._check_signals(loss)
-        groups = self.param_groups
-        options = Options(
-            [g["momentum"] for g in groups],
-            [g["lr"] for g in groups],
-            [g["weight_decay"] for g in groups],
-            [-1.0 if g["maximize"] else 1.0 for g in groups],
-            None if scale.scale is None else scale.scale.reciprocal(),
-        )
-        ranks = find_ranks(self._params, self.process_group)
-        skipped = self.state[self._params[0]]["skipped_steps"]
-        loss = loss if loss is None else loss.to(skipped.device, non_blocking=True)
-        try:
-            self._info = path.step_(
-                cast("list[Tensor]", gradient), options, loss, scale, ranks, self._region_state, skipped
-            )
-        except compiler_failures() as error:
-            if self.compile is True:
-                raise
-            self._path_refused = True
-            warnings.warn(f"steps are not compiled, since the compiler failed: {error}", stacklevel=5)
-            return False
-        return True
-
-    def _wants_compiled(self) -> bool:
-        return self.compile is True or (self.compile == "auto" and self._built_for[0][1].type != "cpu")
-
-    def _compiled_path(self) -> ElementwisePath | None:
-        """The compiled passes, built once for these parameters and this state."""
-        betas = [g["momentum"] for g in self.param_groups]
-        if not self._wants_compiled() or self._path_refused or any(b == 0.0 for b in betas):
-            return None
-        if self._path is None:
-            formula = elementwise.formula_of(self.curvature, self.trust_region, self.momentum)
-            if formula is None or find_ranks(self._params, None).shards is not None:
-                self._path_refused = True
-                return None
-            params = self._params
-            tensors = Tensors(
-                params,
-                self._momentum_buffers(self._per_parameter("momentum")),
-                cast("list[Tensor]", self._curvature_state["second_moment"]),
-                [self.state[p]["step"] for p in params],
-                cast("list[Tensor]", self._curvature_state["count"]),
-                [i for i, group in enumerate(self.param_groups) for _ in group["params"]],
-            )
-            kind = tensors.kind()
-            if kind is None:
-                self._path_refused = True
-                return None
-            self._path = ElementwisePath(formula, self.trust_region, tensors, kind)
-        return self._path
-
-    def _settle(self) -> None:
-        """Complete what the last compiled step left open."""
-        if self._path is not None:
-            with torch.no_grad():
-                self._path.settle()
-
-    def _moved_elementwise(self, gradient: Sequence[Tensor | None], loss: Tensor | None) -> bool:
-        """Take the step in place, block by block, where the composition and the tensors allow it."""
-        formula = elementwise.formula_of(self.curvature, self.trust_region, self.momentum)
-        betas = self._per_parameter("momentum")
-        if (
-            formula is None
-            or any(b == 0.0 for b in betas)
-            or find_ranks(self._params, None).shards is not None
-        ):
-            return False
-        inputs = blocked.inputs_of(
-            self._shards,
-            gradient,
-            self._momentum_buffers(betas),
-            cast("list[Tensor]", self._curvature_state["second_moment"]),
-            [
-                [self.state[p]["step"] for p in self._params],
-                cast("list[Tensor]", self._curvature_state["count"]),
-            ],
-            (betas, self._per_parameter("lr"), self._per_parameter("weight_decay")),
-        )
-        if inputs is None:
-            return False
-        radius = float(cast(Tensor, self._region_state["radius"]))
-        proposal = blocked.step_(formula, inputs, radius, self.trust_region.radius)
-        composition = core.Composition(self.curvature, self.trust_region, self.momentum)
-        self._record(loss, proposal, core.review(composition, self._region_state, proposal, loss), None)
-        return True
 
     def _gradient(self) -> list[Tensor | None]:
         """``.grad`` in the precision of the state, negated where a group climbs."""
@@ -608,15 +504,6 @@ class SecondOrder(torch.optim.Optimizer):
         """A gradient that is not finite enters nothing; the record counts the step."""
         skipped = self.state[self._params[0]]["skipped_steps"].add_(1.0)
         self.step_info = step_info.of_skip(loss, self._region_state, skipped)
-
-    def _momentum_buffers(self, betas: Sequence[float]) -> list[Tensor]:
-        """The buffers; a schedule that raises the momentum from 0 creates them."""
-        if all(b == 0.0 for b in betas):
-            return []
-        for p in self._params:
-            if "momentum" not in self.state[p]:
-                self.state[p]["momentum"] = stored(p, vectors.zeros_like([local(p)])[0])
-        return [local(self.state[p]["momentum"]) for p in self._params]
 
     def _step_change(self) -> list[Tensor] | None:
         """θ_t - θ_{t-1}, for quasi-Newton pairs."""

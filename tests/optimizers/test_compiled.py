@@ -17,6 +17,7 @@ from curvature import EmpiricalFisherDiagonal
 from optimizers import SOAA, Adam, AdamW, SecondOrder, Tadam
 from optimizers.compiled import kernels
 from optimizers.compiled.rows import SMALLEST_LEAF, WIDTH, Layout
+from optimizers.step_paths import StepPaths
 from trust_region import RmsBox, SOAARadius, TrustRegion
 
 Make = Callable[[nn.Module, Any], SecondOrder]
@@ -116,8 +117,8 @@ def test_equals_the_general_step(name: str) -> None:
     models = [network(), network()]
     optimizers = [MAKES[name](m, c) for m, c in zip(models, (False, True), strict=True)]
     records = [train(m, o, 30) for m, o in zip(models, optimizers, strict=True)]
-    assert optimizers[0]._path is None
-    assert optimizers[1]._path is not None
+    assert optimizers[0]._paths._path is None
+    assert optimizers[1]._paths._path is not None
     torch.testing.assert_close(vector(models[1]), vector(models[0]), rtol=1e-11, atol=1e-13)
     assert state_differs(*optimizers) < 1e-11
     for plain, fast in zip(*records, strict=True):
@@ -377,7 +378,7 @@ def test_the_compiler_failing_is_said_once_and_the_step_is_taken(monkeypatch: py
     optimizer, reference = MAKES["SOAA"](model, "auto"), MAKES["SOAA"](plain, False)
     monkeypatch.setattr(kernels.Kernels, "prepare", broken)
     # "auto" compiles on an accelerator; here it is made to believe that there is one
-    monkeypatch.setattr(SecondOrder, "_wants_compiled", lambda self: self.compile is not False)
+    monkeypatch.setattr(StepPaths, "wants_compiled", lambda self, held: self.compiles is not False)
     with pytest.warns(UserWarning, match="no compiler here"):
         train(model, optimizer, 1)
     train(model, optimizer, 4, first=1)

@@ -1,0 +1,250 @@
+"""Which way a step is taken: the fastest that composition, tensors and signals allow; all give the same numbers.
+
+From the narrowest to the widest:
+
+- *compiled*: kernels made for the composition, for every tensor's gradient present (:mod:`optimizers.compiled`);
+- *blocked*: one formula an element on a CPU, block by block (``blocked.py``);
+- *diagonal*: a diagonal curvature on a CPU, block by block (``diagonal_step.py``);
+- the general path (``core.py``), which writes every intermediate vector and takes anything.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from curvature import vectors
+from curvature.operators import DiagonalOperator
+from curvature.protocols import CurvatureOperator, State
+from optimizers import blocked, diagonal_step, elementwise
+from optimizers.compiled.elementwise_path import ElementwisePath
+from optimizers.compiled.kernels import compiler_failures
+from optimizers.compiled.two_pass import Options, Tensors
+from optimizers.core import Composition
+from optimizers.distributed import Ranks, find_ranks
+from optimizers.scaling import GradScale
+from optimizers.sharding import local, stored
+from optimizers.step_info import StepInfo
+from trust_region import Proposal
+
+Compile = bool | Literal["auto"]
+"""When a step is compiled: always (or refuse), never, or on an accelerator where it can be."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """What an optimizer holds at a step; lists in the order of its parameters.
+
+    Args:
+        params: θ as the user gave it.
+        shards: what this process holds of it; the same tensors unless they are sharded.
+        groups: the parameter groups.
+        state: of every parameter.
+        curvature_state: of the estimator.
+        region_state: of region and policy.
+    """
+
+    params: list[Tensor]
+    shards: list[Tensor]
+    groups: list[dict[str, Any]]
+    state: MutableMapping[Any, dict[str, Any]]
+    curvature_state: State
+    region_state: State
+
+    def each(self, name: str) -> list[Any]:
+        """A hyperparameter of every parameter's group."""
+        return [group[name] for group in self.groups for _ in group["params"]]
+
+    @property
+    def steps(self) -> list[Tensor]:
+        """The gradients that every parameter's momentum has taken in, 0-d each."""
+        return [self.state[p]["step"] for p in self.params]
+
+    @property
+    def skipped(self) -> Tensor:
+        """Steps that a gradient kept from being taken, 0-d."""
+        skipped: Tensor = self.state[self.params[0]]["skipped_steps"]
+        return skipped
+
+    def momentum_buffers(self) -> list[Tensor]:
+        """The buffers, none where nothing is averaged; a schedule that raises the momentum from 0 creates them."""
+        if all(group["momentum"] == 0.0 for group in self.groups):
+            return []
+        for p in self.params:
+            if "momentum" not in self.state[p]:
+                self.state[p]["momentum"] = stored(p, vectors.zeros_like([local(p)])[0])
+        return [local(self.state[p]["momentum"]) for p in self.params]
+
+
+def check_compile(compiles: Compile, composition: Composition) -> None:
+    """Refuse what is no choice, and ``True`` for a composition that has no compiled step.
+
+    Raises:
+        ValueError: naming what can be compiled.
+    """
+    if compiles not in (True, False, "auto"):
+        raise ValueError(f'compile must be True, False or "auto", got {compiles!r}')
+    if compiles is True and _formula_of(composition) is None:
+        raise ValueError(
+            "compile=True takes compositions whose step is one formula an element (SOAA with one radius, Adam, "
+            f"AdamW), got {type(composition.curvature).__name__} with {composition.trust_region}: "
+            'leave compile at "auto"'
+        )
+
+
+class StepPaths:
+    """The ways of one optimizer.
+
+    Args:
+        composition: what the steps are of.
+        compiles: when they are compiled.
+    """
+
+    def __init__(self, composition: Composition, compiles: Compile) -> None:
+        self.composition = composition
+        self.compiles = compiles
+        self._path: ElementwisePath | None = None
+        self._refused = False
+
+    # -- compiled -------------------------------------------------------------------------------------------------
+
+    def compiled(
+        self,
+        held: Held,
+        loss: Tensor | None,
+        scale: GradScale,
+        ranks: Ranks,
+        check: Callable[[Tensor | None], None],
+    ) -> StepInfo | None:
+        """The record of a compiled step, or ``None``, with nothing changed, where this step is not of its kind.
+
+        Args:
+            held: what is worked on; every ``.grad`` as it is.
+            loss: at θ, where known.
+            scale: a GradScaler's word.
+            ranks: that share the step.
+            check: raises where a signal is missing.
+        """
+        path = self._compiled_path(held)
+        if path is None:
+            return None
+        gradient = [p.grad for p in held.params]
+        if not path.takes(gradient):
+            return None
+        check(loss)
+        groups = held.groups
+        options = Options(
+            [g["momentum"] for g in groups],
+            [g["lr"] for g in groups],
+            [g["weight_decay"] for g in groups],
+            [-1.0 if g["maximize"] else 1.0 for g in groups],
+            None if scale.scale is None else scale.scale.reciprocal(),
+        )
+        loss = loss if loss is None else loss.to(held.skipped.device, non_blocking=True)
+        try:
+            return path.step_(
+                cast("list[Tensor]", gradient), options, loss, scale, ranks, held.region_state, held.skipped
+            )
+        except compiler_failures() as error:
+            if self.compiles is True:
+                raise
+            self._refused = True
+            warnings.warn(f"steps are not compiled, since the compiler failed: {error}", stacklevel=6)
+            return None
+
+    def wants_compiled(self, held: Held) -> bool:
+        """Whether steps are to be compiled."""
+        return self.compiles is True or (self.compiles == "auto" and held.shards[0].device.type != "cpu")
+
+    def settle(self) -> None:
+        """Complete what the last compiled step left open."""
+        if self._path is not None:
+            with torch.no_grad():
+                self._path.settle()
+
+    def forget(self, *, tried: bool = False) -> None:
+        """Drop what was built for tensors that are replaced; with ``tried`` also that it could not be built."""
+        self._path = None
+        if tried:
+            self._refused = False
+
+    def _compiled_path(self, held: Held) -> ElementwisePath | None:
+        """The compiled passes, built once for these parameters and this state."""
+        if self._refused or not self.wants_compiled(held) or any(g["momentum"] == 0.0 for g in held.groups):
+            return None
+        if self._path is None:
+            self._path = self._built(held)
+            self._refused = self._path is None
+        return self._path
+
+    def _built(self, held: Held) -> ElementwisePath | None:
+        formula = _formula_of(self.composition)
+        if formula is None or find_ranks(held.params, None).shards is not None:
+            return None
+        tensors = Tensors(
+            held.params,
+            held.momentum_buffers(),
+            cast("list[Tensor]", held.curvature_state["second_moment"]),
+            held.steps,
+            cast("list[Tensor]", held.curvature_state["count"]),
+            [i for i, group in enumerate(held.groups) for _ in group["params"]],
+        )
+        kind = tensors.kind()
+        return (
+            None if kind is None else ElementwisePath(formula, self.composition.trust_region, tensors, kind)
+        )
+
+    # -- on a CPU without a compiler ------------------------------------------------------------------------------
+
+    def blocked(self, held: Held, gradient: Sequence[Tensor | None]) -> Proposal | None:
+        """What was proposed and taken block by block; ``None``, with nothing changed, where that cannot be."""
+        formula = _formula_of(self.composition)
+        if (
+            formula is None
+            or any(g["momentum"] == 0.0 for g in held.groups)
+            or find_ranks(held.params, None).shards is not None
+        ):
+            return None
+        inputs = blocked.inputs_of(
+            held.shards,
+            gradient,
+            held.momentum_buffers(),
+            cast("list[Tensor]", held.curvature_state["second_moment"]),
+            [held.steps, cast("list[Tensor]", held.curvature_state["count"])],
+            (held.each("momentum"), held.each("lr"), held.each("weight_decay")),
+        )
+        if inputs is None:
+            return None
+        radius = float(cast(Tensor, held.region_state["radius"]))
+        return blocked.step_(formula, inputs, radius, self.composition.trust_region.radius)
+
+    def diagonal(
+        self, held: Held, operator: CurvatureOperator, gradient: Sequence[Tensor | None], ranks: Ranks
+    ) -> Proposal | None:
+        """The same for a diagonal curvature, refreshed already."""
+        trust_region, momentum = self.composition.trust_region, self.composition.momentum
+        means, damping = held.momentum_buffers(), held.region_state.get("damping", 0.0)
+        if ranks.shards is not None or not diagonal_step.suits(
+            operator, trust_region, momentum, held.shards, gradient, means, damping
+        ):
+            return None
+        return diagonal_step.step_(
+            cast(DiagonalOperator, operator),
+            trust_region,
+            momentum,
+            held.shards,
+            cast("list[Tensor]", gradient),
+            means,
+            held.steps,
+            (held.each("momentum"), held.each("lr"), held.each("weight_decay")),
+            (float(cast(Tensor, held.region_state["radius"])), float(cast(Tensor, damping))),
+        )
+
+
+def _formula_of(composition: Composition) -> elementwise.Formula | None:
+    return elementwise.formula_of(composition.curvature, composition.trust_region, composition.momentum)
