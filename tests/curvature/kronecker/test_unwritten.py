@@ -1,0 +1,80 @@
+"""Factors are allocated without contents: a product that overwrites them needs no zeros, the rest must get some."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from curvature import EKFAC, KFAC, LossGraph
+from tests.curvature import dense
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Fresh memory holds NaN, so that whatever reads it shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert bool(torch.empty(3).isnan().all())  # the premise
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+class Mixed(nn.Module):
+    """Layers of every way to write a factor: once, twice, in groups, in panels, and not at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(5, 6)
+        self.twice = nn.Linear(6, 6)
+        self.grouped = nn.Conv1d(6, 4, 2, groups=2)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.wide = nn.Linear(4, 300)
+        self.bias_of_frozen = nn.Linear(300, 3)
+        self.bias_of_frozen.weight.requires_grad_(False)
+        self.unused = nn.Linear(2, 2)
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.twice(torch.tanh(self.twice(self.tokens(x))))
+        h = self.grouped(h.mT).mT
+        h = h + self.attention(h, h, h, need_weights=False)[0]
+        return self.head(self.bias_of_frozen(torch.tanh(self.wide(h))).mean(1))
+
+
+def model() -> Mixed:
+    g = torch.Generator().manual_seed(3)
+    made = Mixed().double()
+    with torch.no_grad():
+        for p in made.parameters():
+            p.copy_(0.4 * torch.randn(p.shape, generator=g, dtype=p.dtype))
+    return made
+
+
+def measured(estimator: Any, made: nn.Module) -> dict[str, list[Tensor]]:
+    g = torch.Generator().manual_seed(4)
+    x, y = torch.randint(0, 5, (7, 4), generator=g), torch.randint(0, 3, (7,), generator=g)
+    params = dense.trainable(made)
+    state = estimator.init(params)
+    z = made(x)
+    return estimator.measure(state, LossGraph(nn.functional.cross_entropy(z, y), params, z))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", [KFAC, EKFAC])
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("fisher", ["type-2", "mc", "empirical", "forward-only"])
+@pytest.mark.usefixtures("poisoned")
+def test_no_statistic_holds_what_lay_in_memory(fisher: Any, sharing: Any, kind: Any) -> None:
+    made = model()
+    found = measured(kind(made, fisher=fisher, sharing=sharing), made)
+    values = [x for held in found.values() for x in held]
+    if fisher != "forward-only":
+        assert sum(x.numel() for x in values) > 90_000  # the wide layer's panels are among them
+    assert all(bool(x.isfinite().all()) for x in values)
+    i = [name for name, p in made.named_parameters() if p.requires_grad].index("unused.weight")
+    assert found["A"][i].shape == (1, 3, 3)
+    assert not bool(found["A"][i].any())  # nothing was written to it
