@@ -119,15 +119,21 @@ class Trace:
         Returns:
             the sum's edge; ``None`` where the output goes anywhere else.
         """
-        readers = self.readers.get(call.edge.node, [])
+        found = self.sum_with_samples(call.edge, tuple(call.record.shape), count)
+        return None if found is None else found[0]
+
+    def sum_with_samples(
+        self, edge: GradientEdge, output: tuple[int, ...], count: int
+    ) -> tuple[GradientEdge, tuple[int, ...]] | None:
+        """As :meth:`broadcast`, for the output of a node and its shape; with the shape of the sum."""
+        readers = self.readers.get(edge.node, [])
         if len(readers) != 1 or readers[0][0].name() != "AddBackward0":
             return None
         node = readers[0][0]
         shapes = [tuple(given.shape) for given in node._input_metadata]
-        output = tuple(call.record.shape)
         fits = shapes == [(count, *output)] or (output[:1] == (1,) and shapes == [(count, *output[1:])])
         # x + α y: only with α = 1 is the gradient of either summand that of the sum
-        return GradientEdge(node, 0) if fits and node._saved_alpha == 1 else None  # type: ignore[attr-defined]
+        return (GradientEdge(node, 0), shapes[0]) if fits and node._saved_alpha == 1 else None  # type: ignore[attr-defined]
 
 
 class LayerHook:

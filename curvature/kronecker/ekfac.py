@@ -149,6 +149,10 @@ class EKFAC(KroneckerEstimator):
         known = {b.root for b in self._known(state, layout)}
         return [b for b in layout.blocks if b.root not in known]
 
+    @property
+    def _by_sample(self) -> bool:
+        return self.fisher != "forward-only"
+
     def _known(self, state: State, layout: Layout) -> list[Block]:
         """The blocks that have eigenbases."""
         counts = torch.stack([c.cpu() for c in held(state, "count")]).tolist()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from curvature import vectors
 from curvature.estimate import from_statistics
-from curvature.kronecker import fallback, learning, measurement
+from curvature.kronecker import fallback, learning, measurement, sample_rows
 from curvature.kronecker.factors import Sharing, sample_count
 from curvature.kronecker.fisher import FISHER_KINDS, FisherKind, columns
 from curvature.kronecker.layout import Block, Layout, build_layout
@@ -40,12 +40,13 @@ from curvature.side_effects import coupled_by_batch_norm
 
 @dataclass
 class _Live:
-    """What an estimator holds beside its hyperparameters: the hooks in its model, its last layout and likelihood."""
+    """What an estimator holds beside its hyperparameters: hooks in its model, its last layout, what it has proven."""
 
     recorder: Recorder | None = None
     layout: Layout | None = None
     proven: Likelihood | None = None
     said: set[str] = field(default_factory=set)
+    proven_rows: dict[tuple[object, ...], bool] = field(default_factory=dict)
 
 
 @dataclass
@@ -228,7 +229,9 @@ class KroneckerEstimator(Estimator):
         used = measurement.block_calls(layout, trace, modules, params)
         found = self._output_curvature(graph)
         samples = sample_count(found.weights)
+        used = measurement.spread_over_samples(used, trace, samples)
         scales = measurement.scale_calls(layout, trace, modules, params, samples)
+        scales = self._proven(graph, found, used, scales, samples)
         statistics = self._zeros(state, layout, params)
         unwritten = measurement.Unwritten(
             cast("list[Tensor]", statistics[key])[b.root]
@@ -258,6 +261,43 @@ class KroneckerEstimator(Estimator):
             for i in layout.diagonal:
                 diagonal[i].fill_(1.0)
         return statistics
+
+    def _proven(
+        self,
+        graph: LossGraph,
+        found: OutputCurvature,
+        used: Sequence[measurement.BlockCalls],
+        scales: Sequence[measurement.ScaleCalls],
+        samples: int,
+    ) -> list[measurement.ScaleCalls]:
+        """The layers of scales and shifts whose rows are the samples'; raises for a block whose rows are not.
+
+        Each use is looked at once.
+        """
+        together = self.fisher in ("type-2", "empirical")
+        by_sample = self._by_sample or self.sharing == "reduce" or sample_rows.uneven(found.weights)
+        if samples == 1 or (self.fisher == "forward-only" and not by_sample):
+            return list(scales)
+        asked = sample_rows.doubts(used, scales, samples, together, by_sample)
+        proven = self._live.proven_rows
+        new = [d for d in asked if d.key not in proven]
+        if new:
+            astray = sample_rows.astray(graph, found, [d.rows for d in new], samples)
+            proven.update({d.key: k not in astray for k, d in enumerate(new)})
+        lost = {d.key[:2] for d in asked if not proven[d.key]}
+        for kind, name in lost:
+            if kind == "block":
+                raise ValueError(
+                    f"a position of {name!r} belongs to several samples, or not to the sample that its place says, so "
+                    f"{type(self).__name__} cannot form each sample's gradient: keep the samples in dim 0 of inputs "
+                    f"and outputs, or pass exclude=({name!r},) to treat the layer by the exact diagonal"
+                )
+        return [s for s in scales if ("scale", s.layer.module) not in lost]
+
+    @property
+    def _by_sample(self) -> bool:
+        """Whether rows are put together by sample."""
+        return False
 
     def _accumulators(self, state: State, layout: Layout, statistics: Statistics) -> measurement.Accumulators:
         return measurement.Accumulators(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from curvature.kronecker.fisher import sample_weights
+from curvature.kronecker.sample_rows import uneven
 
 Sharing = Literal["expand", "reduce"]
 
@@ -26,7 +27,8 @@ def row_weights(weights: Tensor, lead: Sequence[int], where: str) -> Tensor:
     """The weight of every row of a layer, from the weights of the positions of z.
 
     Rows that are the positions of z have their weights. Otherwise a sample's weight is spread evenly over its
-    rows. Rows that cannot be told apart by sample are weighted alike if all samples are.
+    rows. Rows that cannot be told apart by sample are weighted alike if all samples are. That rows are those of
+    the samples is proven elsewhere (:mod:`curvature.kronecker.sample_rows`).
 
     Args:
         weights: c, shaped like the positions of z, (N, T…).
@@ -47,14 +49,19 @@ def row_weights(weights: Tensor, lead: Sequence[int], where: str) -> Tensor:
     if lead and lead[0] == c.shape[0]:
         spread = c / math.prod(lead[1:])
         return spread.reshape(-1, *[1] * (len(lead) - 1)).expand(lead)
-    if lead == (weights.numel(),):  # positions flattened, sample by sample
+    if _flattened(lead, weights):
         return weights.reshape(lead)
-    if bool((weights - weights.mean()).abs().max() <= 1e-4 * weights.abs().max()):
+    if not uneven(weights):
         return (weights.sum() / max(math.prod(lead), 1)).expand(lead)
     raise ValueError(
         f"{where} was called with positions of shape {lead}, the loss weighs outputs of shape {tuple(weights.shape)} "
         "unevenly, so which sample a row belongs to is not known: keep the samples in dim 0, or exclude this layer"
     )
+
+
+def _flattened(lead: Sequence[int], weights: Tensor) -> bool:
+    """Whether layer or outputs have the other's positions flattened, sample by sample."""
+    return math.prod(lead) == weights.numel() and (len(lead) == 1 or weights.dim() == 1)
 
 
 def sample_count(weights: Tensor) -> int:
@@ -69,7 +76,7 @@ def samples_of(lead: Sequence[int], weights: Tensor, where: str) -> int:
         ValueError: where dim 0 of the layer is neither samples nor all positions of z.
     """
     samples = sample_count(weights)
-    if (lead and lead[0] == samples) or (tuple(lead) == (weights.numel(),)) or samples == 1:
+    if (lead and lead[0] == samples) or _flattened(lead, weights) or samples == 1:
         return samples
     raise ValueError(
         f'{where} was called with positions of shape {tuple(lead)} for {samples} samples, so sharing="reduce" cannot '

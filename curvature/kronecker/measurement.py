@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -155,6 +155,26 @@ class Unwritten:
         """Zeros for what nothing was written to."""
         while self._tensors:
             self._tensors.popitem()[1].zero_()
+
+
+def spread_over_samples(used: Sequence[BlockCalls], trace: Trace, samples: int) -> list[BlockCalls]:
+    """The same uses, those of what is one for all samples (an embedding of positions) once for every sample.
+
+    Such an output is added to what has samples; there it has a gradient for each, and none meets another's.
+    """
+    found = []
+    for calls in used:
+        spread = []
+        for call in calls.calls:
+            where = trace.sum_with_samples(call.edge, call.shape, samples) if samples > 1 else None
+            if where is not None:
+                edge, shape = where
+                own = len(shape) == len(call.shape)  # an axis of length 1 stands where the samples will
+                inputs = tuple(x.expand(samples, *x.shape[own:]) for x in call.inputs[:1])
+                call = replace(call, edge=edge, shape=shape, inputs=(*inputs, *call.inputs[1:]))
+            spread.append(call)
+        found.append(replace(calls, calls=tuple(spread)))
+    return found
 
 
 def add_inputs_(

@@ -229,7 +229,7 @@ def by_sample(rows: Tensor, samples: int, where: str) -> Tensor:
         ValueError: where the positions cannot be told apart by sample.
     """
     lead = tuple(rows.shape[1:-1])
-    if samples != 1 and (not lead or (lead[0] != samples and (len(lead) > 1 or lead[0] % samples))):
+    if math.prod(lead) % samples:
         raise ValueError(
             f"{where} was called with positions of shape {lead} for {samples} samples, so EKFAC cannot form each "
             "sample's gradient: keep the samples in dim 0, or exclude this layer"
