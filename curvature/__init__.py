@@ -23,6 +23,7 @@ from curvature.operators import DiagonalOperator, IdentityOperator, Operator
 from curvature.per_parameter import PerParameter
 from curvature.problem import Problem
 from curvature.protocols import (
+    CACHE,
     TRANSIENT,
     CurvatureEstimator,
     CurvatureOperator,
@@ -41,6 +42,7 @@ from curvature.soap import SOAP
 from curvature.wrapped_diagonal import FlooredDiagonal, RootDiagonal
 
 __all__ = [
+    "CACHE",
     "EKFAC",
     "KFAC",
     "LBFGS",

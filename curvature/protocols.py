@@ -30,7 +30,8 @@ State: TypeAlias = dict[str, "Tensor | list[Tensor] | int | float | object"]
 
 A ``list`` holds one tensor a parameter, in the order given to ``init`` (a tensor with no elements where a
 parameter has no entry); anything else (a tensor, an int, a float) belongs to the whole optimizer. The one
-key :data:`TRANSIENT` may hold any object; it is dropped at the end of the step and never saved.
+keys :data:`TRANSIENT` and :data:`CACHE` may hold any object; the first is dropped at the end of the step, the second
+is kept from step to step, and neither is ever saved.
 """
 
 Statistics: TypeAlias = dict[str, "Tensor | list[Tensor]"]
@@ -38,6 +39,13 @@ Statistics: TypeAlias = dict[str, "Tensor | list[Tensor]"]
 
 TRANSIENT = "transient"
 """Key of a state's entry that lives for one step only: products on a graph that is freed afterwards."""
+
+
+CACHE = "cache"
+"""Key of a state's entry that the others determine: kept from step to step, absent in a copy or after a load.
+
+The optimizer counts its memory where it has a method ``tensors()``.
+"""
 
 
 class Needs(enum.Flag):

@@ -78,6 +78,7 @@ def divided(
     costs: Sequence[float],
     compute: Callable[[Sequence[int]], list[list[Tensor]]],
     like: Callable[[int], list[Tensor]],
+    owner: Sequence[int] | None = None,
 ) -> list[list[Tensor]]:
     """The results of every piece of work, of which this process does its part.
 
@@ -85,6 +86,7 @@ def divided(
         costs: of every piece, in any unit.
         compute: does the pieces with these indices, and returns each one's tensors.
         like: tensors of the shapes and dtypes that a piece will return, whose values do not matter.
+        owner: who does which piece; ``None`` deals them by cost.
 
     Raises:
         RuntimeError: where another process failed at its part; its own error says why.
@@ -92,7 +94,7 @@ def divided(
     processes = _team
     if processes is None or processes.size == 1 or not costs:
         return compute(range(len(costs)))
-    owner = owners(costs, processes.size)
+    owner = owners(costs, processes.size) if owner is None else owner
     mine = [i for i, who in enumerate(owner) if who == processes.rank]
     results = {i: like(i) for i in range(len(costs)) if i not in mine}
     failure: Exception | None = None

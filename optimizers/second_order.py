@@ -258,7 +258,7 @@ class SecondOrder(torch.optim.Optimizer):
 
     def state_bytes(self) -> int:
         """Bytes that this optimizer keeps beside parameters and gradients."""
-        return state_layout.bytes_of(self.state)
+        return state_layout.bytes_of(self.state, self._curvature_state)
 
     # -- the two loops --------------------------------------------------------------------------------------------
 

@@ -13,10 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvature.protocols import TRANSIENT, State
+from curvature.protocols import CACHE, TRANSIENT, State
 from optimizers.sharding import local, stored, stored_like
 
 SEPARATOR = "/"
+
+
+def unsaved(key: str) -> bool:
+    """Whether an entry lives beside the state: for one step, or as a cache (of a part of a whole estimator, too)."""
+    return key == TRANSIENT or key.rpartition(".")[2] == CACHE
 
 
 def scatter(
@@ -24,7 +29,7 @@ def scatter(
 ) -> None:
     """Lay ``state`` out over ``into[param]``."""
     for key, value in state.items():
-        if key == TRANSIENT:
+        if unsaved(key):
             continue
         name = prefix + SEPARATOR + key
         if isinstance(value, list):
@@ -50,7 +55,7 @@ def regather(
     """The inverse of :func:`scatter`; ``template`` tells which entries are lists."""
     state: State = {}
     for key, value in template.items():
-        if key == TRANSIENT:
+        if unsaved(key):
             continue
         name = prefix + SEPARATOR + key
         if isinstance(value, list):
@@ -107,14 +112,16 @@ def restored(value: Any, loaded: Any) -> Any:
     return stored_like(value, own)
 
 
-def bytes_of(state: MutableMapping[Any, dict[str, Any]]) -> int:
-    """Bytes that the tensors of an optimizer's state take, shared storage once."""
+def bytes_of(state: MutableMapping[Any, dict[str, Any]], *parts: State) -> int:
+    """Bytes that the tensors of an optimizer's state take, and those of its parts' caches; shared storage once."""
+    tensors = [value for entries in state.values() for value in entries.values() if isinstance(value, Tensor)]
+    for part in parts:
+        caches = [value for key, value in part.items() if key.rpartition(".")[2] == CACHE]
+        tensors += [x for cache in caches for x in getattr(cache, "tensors", list)()]
     seen: dict[int, int] = {}
-    for entries in state.values():
-        for value in entries.values():
-            if isinstance(value, Tensor):
-                storage = local(value).untyped_storage()
-                seen[storage.data_ptr() or id(storage)] = storage.nbytes()
+    for value in tensors:
+        storage = local(value).untyped_storage()
+        seen[storage.data_ptr() or id(storage)] = storage.nbytes()
     return sum(seen.values())
 
 

@@ -5,10 +5,16 @@ Legend: a a layer's inputs, g the gradients of its outputs, A = E[a aᵀ], G = E
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from curvature.kronecker import owned
 from curvature.kronecker.estimator import KroneckerEstimator
+from curvature.kronecker.layout import Block
+from curvature.kronecker.learning import held
+from curvature.kronecker.operator import KroneckerOperator
+from curvature.protocols import State
 from curvature.registry import estimators
 
 
@@ -38,6 +44,11 @@ class KFAC(KroneckerEstimator):
         exclude: names of modules to treat by the diagonal, with all below them.
         damping_kind: ``"exact"``: (B + λI)⁻¹ through the eigenbasis; ``"factored"``: each factor is damped by
             itself, split by π, the approximation of the original paper.
+        inverses: where data-parallel ranks keep eigenbases. ``"everywhere"``: a rank decomposes its share and sends it
+            to all. ``"owner"``: it keeps its share alone and multiplies its blocks for the others, who never see the
+            bases: 1/R of the memory on R ranks, for a message of the gradient's size at every product and solve. The
+            bases are then no part of a checkpoint: they are decomposed again in the first step after a load or a copy,
+            which goes on bit for bit with ``inverse_interval=1``.
 
     >>> import torch
     >>> from curvature import estimate
@@ -51,19 +62,58 @@ class KFAC(KroneckerEstimator):
     (``type-2``), ``samples`` (``mc``) or 1; an eigendecomposition O(d_in³ + d_out³) a layer; four factors a layer of
     state.
     References: Martens & Grosse 2015, arXiv 1503.05671; Grosse & Martens 2016, arXiv 1602.01407 (convolutions);
-    Eschenhagen et al. 2023, arXiv 2311.00636 (weight sharing); Benzing 2022, arXiv 2201.12250 (G = I).
+    Eschenhagen et al. 2023, arXiv 2311.00636 (weight sharing); Benzing 2022, arXiv 2201.12250 (G = I); Pauloski et al.
+    2021, arXiv 2107.01739 (``inverses="owner"``).
     """
 
     damping_kind: Literal["exact", "factored"] = "exact"
+    inverses: Literal["everywhere", "owner"] = "everywhere"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.damping_kind not in ("exact", "factored"):
             raise ValueError(f"damping_kind must be 'exact' or 'factored', got {self.damping_kind!r}")
 
+        if self.inverses not in ("everywhere", "owner"):
+            raise ValueError(f"inverses must be 'everywhere' or 'owner', got {self.inverses!r}")
+
     @property
     def _factored(self) -> bool:
         return self.damping_kind == "factored"
+
+    @property
+    def _owned(self) -> bool:
+        return self.inverses == "owner"
+
+    def _keys(self) -> tuple[str, ...]:
+        keys = super()._keys()
+        return tuple(k for k in keys if not k.endswith("_vectors")) if self._owned else keys
+
+    def _shapes(self, block: Block) -> dict[str, tuple[int, ...]]:
+        keys = self._keys()
+        shapes = super()._shapes(block)
+        return {k: v for k, v in shapes.items() if k in keys or not k.endswith("_vectors")}
+
+    def _refresh(self, state: State, blocks: Sequence[Block]) -> None:
+        if self._owned:
+            owned.refresh_(state, self._layout_of(state, None), blocks)
+        else:
+            super()._refresh(state, blocks)
+
+    def operator(self, state: State) -> KroneckerOperator:
+        """B from the eigenbases at hand."""
+        if not self._owned:
+            return super().operator(state)
+        layout = self._layout_of(state, None)
+        bases = owned.bases_of(state, layout)
+        return owned.OwnedKroneckerOperator(
+            self._like(state, layout),
+            layout,
+            [owned.eigenblock(state, bases, b) for b in layout.blocks],
+            [d.clone() for d in held(state, "diagonal")],
+            self._factored,
+            bases,
+        )
 
 
 estimators.add("kfac", KFAC)

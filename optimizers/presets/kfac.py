@@ -53,6 +53,8 @@ class KFAC(SecondOrder):
         params: parameters or groups to optimise in place of the model's.
         trust_region: in place of KL ellipsoid and damping, which must then be left at their defaults.
         exclude: names of modules to treat by the diagonal.
+        inverses: where ranks keep eigenbases, ``"everywhere"`` or (K-FAC alone) with their ``"owner"``; see
+            :class:`curvature.KFAC`.
         **options: of :class:`SecondOrder`.
 
     Raises:
@@ -99,8 +101,17 @@ class KFAC(SecondOrder):
         params: ParamsT | None = None,
         trust_region: TrustRegion | None = None,
         exclude: Sequence[str] = (),
+        inverses: Literal["everywhere", "owner"] = "everywhere",
         **options: Any,
     ) -> None:
+        chosen: dict[str, Any] = {}
+        if inverses != "everywhere":
+            if self.estimator is not curvature.KFAC:
+                raise ValueError(
+                    f"inverses={inverses!r} goes with KFAC: {type(self).__name__} measures in the bases, so every rank "
+                    'needs them; leave inverses at "everywhere"'
+                )
+            chosen["inverses"] = inverses
         estimator = self.estimator(
             model,
             fisher=fisher,
@@ -111,6 +122,7 @@ class KFAC(SecondOrder):
             factor_interval=factor_interval,
             inverse_interval=inverse_interval,
             exclude=exclude,
+            **chosen,
         )
         super().__init__(
             trainable(model) if params is None else params,

@@ -7,12 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from optimizers import SecondOrder, Shampoo, build
+from optimizers.distributed import Ranks
 from tests.distributed.problem import BATCH, same, train, whole
 
 WIDTH = 8
@@ -102,6 +104,67 @@ def work_falls_with_ranks(folder: Path) -> None:
             same(whole(expected), whole(model), 1e-6)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from error
+
+
+def bases_stay_with_their_owners(folder: Path) -> None:
+    """``inverses="owner"``: 1/R of the decompositions and of the kept bases on each of R ranks, the same steps; and a
+    checkpoint that rank 0 wrote alone goes on."""
+
+    def make(model: nn.Module, group: Any, place: str, interval: int = 1) -> SecondOrder:
+        return build(
+            model, "kfac", inverse_interval=interval, radius=1.0, process_group=group, inverses=place
+        )
+
+    world = dist.get_world_size()
+    for interval in (1, 3):
+        expected = deep()
+        reference = make(expected, None, "everywhere", interval)
+        with counted() as one:
+            radii = train(expected, reference, data, range(5))
+        model = deep()
+        parallel = DistributedDataParallel(model)
+        optimizer = make(model, "auto", "owner", interval)
+        with counted() as own:
+            found = train(parallel, optimizer, dealt, range(5))
+        assert found == pytest.approx(radii, rel=1e-6, nan_ok=True), (found, radii)
+        same(whole(expected), whole(model), 1e-6)
+        vectors = [p for k in ("A", "G") for p in reference._curvature_state[f"{k}_vectors"]]  # type: ignore[union-attr]
+        everywhere = sum(x.numel() * x.element_size() for x in vectors)
+        factors = reference.state_bytes() - everywhere
+        assert (optimizer.state_bytes() - factors) * world == everywhere, (optimizer.state_bytes(), factors)
+        if interval == 1:  # else the blocks of one step need not be as many for every rank
+            assert own.matrices * world == one.matrices, (own.matrices, one.matrices)
+            assert own.bytes * world == one.bytes
+        wanted = reference.curvature.operator(reference._curvature_state)
+        v = [
+            torch.randn(p.shape, generator=torch.Generator().manual_seed(1)).double()
+            for p in model.parameters()
+        ]
+        with Ranks((dist.group.WORLD,)).whole():
+            operator = optimizer.curvature.operator(optimizer._curvature_state)
+            for a, b in ((operator.matvec(v), wanted.matvec(v)), (operator.diagonal(), wanted.diagonal())):
+                for x, y in zip(a, b, strict=True):
+                    torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-9)
+        try:
+            operator.matvec(v)
+        except RuntimeError as error:
+            assert f"divided among {world} ranks" in str(error)  # noqa: PT017
+        else:
+            raise AssertionError("a product that only one rank takes must be refused")
+    if dist.get_rank() == 0:
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, folder / "owned.pt")
+    dist.barrier()
+    saved = torch.load(folder / "owned.pt", weights_only=True)
+    other = deep()
+    other.load_state_dict(saved["model"])
+    resumed = make(other, "auto", "owner", 3)
+    resumed.load_state_dict(saved["optimizer"])
+    train(DistributedDataParallel(other), resumed, dealt, range(5, 8))
+    gathered: list[Any] = [None] * world
+    dist.all_gather_object(gathered, [p.detach() for p in other.parameters()])
+    for params in gathered:
+        assert all(torch.equal(p, q) for p, q in zip(params, gathered[0], strict=True)), "ranks drifted apart"
+    assert not torch.equal(next(other.parameters()), next(model.parameters()))
 
 
 def failure_on_one_rank_is_heard_by_all(folder: Path) -> None:

@@ -30,7 +30,8 @@ def run(rank: int, world: int, meeting: str, checks: list[str], folder: str) -> 
     for name in checks:
         module, _, function = name.rpartition(".")
         try:
-            getattr(importlib.import_module(f"tests.distributed.{module}"), function)(Path(folder))
+            home = module if module.startswith("tests.") else f"tests.distributed.{module}"
+            getattr(importlib.import_module(home), function)(Path(folder))
         except BaseException as error:
             raise AssertionError(f"{name} on rank {rank}: {traceback.format_exc()}") from error
     dist.barrier()  # nobody takes its connections away while another still uses them
@@ -43,7 +44,7 @@ def run(rank: int, world: int, meeting: str, checks: list[str], folder: str) -> 
 
 
 def spawn(world: int, checks: list[str], folder: Path) -> None:
-    """Run every check, a ``module.function`` of this package, on ``world`` ranks; raise where one fails."""
+    """Run every check, ``module.function`` or ``tests.module.function``, on ``world`` ranks; raise where one fails."""
     meeting = folder / f"meeting-{uuid.uuid4().hex}"
     # One server a test process imports torch; its children, the ranks, start at once.
     multiprocessing.set_forkserver_preload(

@@ -17,6 +17,7 @@ SAME = [
     "fully_sharded.compositions_equal_one_process",
     "differences.equal_one_process",
     "inverses.work_falls_with_ranks",
+    "inverses.bases_stay_with_their_owners",
 ]
 
 

@@ -1,0 +1,198 @@
+"""Eigenbases that each rank keeps for its own blocks alone, and an operator that asks their owners.
+
+Legend: a block's *owner* is the rank that decomposes its factors and keeps Q_A and Q_G; every rank keeps A and G (which
+are averaged) and the eigenvalues (which are small). B V = Q_G (Λ ∘ Q_Gᵀ V Q_A) Q_Aᵀ is computed by the owner of the
+block and sent to the others: a message of the gradient's size for every product and every solve, in place of bases that
+every rank keeps (the MEM-OPT strategy of Pauloski et al. 2021, KAISA, arXiv 2107.01739).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from curvature.kronecker import learning
+from curvature.kronecker.eigen import eigh_here
+from curvature.kronecker.layout import Block, Layout
+from curvature.kronecker.learning import held
+from curvature.kronecker.operator import Eigenblock, KroneckerOperator, gather, scatter
+from curvature.operators import Operator
+from curvature.protocols import CACHE, State
+from curvature.shared_work import Team, divided, owners, team
+
+
+@dataclass
+class Bases:
+    """What this process keeps beside the state.
+
+    Args:
+        place: (rank, size) of the team that the blocks were dealt to.
+        owner: of every block of the layout, by its root.
+        known: the roots of the blocks whose bases exist, here or elsewhere.
+        vectors: (Q_A, Q_G) of this process's own blocks; a tensor without elements is the identity.
+    """
+
+    place: tuple[int, int]
+    owner: dict[int, int]
+    known: set[int] = field(default_factory=set)
+    vectors: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def owns(self, block: Block) -> bool:
+        """Whether the block is this process's."""
+        return self.owner[block.root] == self.place[0]
+
+    def tensors(self) -> list[Tensor]:
+        """What takes memory."""
+        return [x for pair in self.vectors.values() for x in pair]
+
+
+def cost_of(block: Block) -> float:
+    """Of a block's eigendecompositions, up to a factor."""
+    return float(block.dims.groups * (block.size_in**3 * (not block.diagonal_input) + block.dims.d_out**3))
+
+
+def bases_of(state: State, layout: Layout) -> Bases:
+    """The bases of this process; none yet where the state was loaded, or the team has another size than before."""
+    processes = team()
+    place = (0, 1) if processes is None else (processes.rank, processes.size)
+    bases = cast("Bases | None", state.get(CACHE))
+    if bases is None or bases.place != place:
+        dealt = owners([cost_of(block) for block in layout.blocks], place[1])
+        bases = Bases(place, {b.root: who for b, who in zip(layout.blocks, dealt, strict=True)})
+        state[CACHE] = bases
+    return bases
+
+
+def refresh_(state: State, layout: Layout, due: Sequence[Block]) -> None:
+    """New eigenbases for the blocks that are due, and for those that have none though they were observed.
+
+    Each is decomposed by its owner, which keeps the vectors and tells everyone the values.
+
+    Args:
+        state: changed in place.
+        layout: all blocks.
+        due: those to refresh in any case.
+    """
+    bases = bases_of(state, layout)
+    blocks = list(due)
+    lacking = [b for b in layout.blocks if b.root not in bases.known and b not in blocks]
+    if lacking:
+        count = held(state, "count")
+        blocks += [b for b in lacking if float(count[b.root]) > 0]
+    if not blocks:
+        return
+
+    def compute(indices: Sequence[int]) -> list[list[Tensor]]:
+        mine = [blocks[i] for i in indices]
+        empty = [a.new_empty(0) for a in held(state, "A_values")]
+        own: State = {**state, "A_vectors": list(empty), "G_vectors": list(empty)}
+        for b in mine:  # the identity of a G that is not kept is shaped like its vectors
+            g = held(state, "G_values")[b.root]
+            held(own, "G_vectors")[b.root] = g.new_empty(()).expand(*g.shape, g.shape[-1])
+        learning.refresh_(own, mine, eigh_here)
+        for b in mine:
+            Q_A, Q_G = held(own, "A_vectors")[b.root], held(own, "G_vectors")[b.root]
+            kept = held(state, "G")[b.root].numel() > 0 or b.transposed is not None
+            bases.vectors[b.root] = (Q_A, Q_G if kept else Q_G.new_empty(0))
+        return [values_of(state, b) for b in mine]
+
+    found = divided(
+        [cost_of(b) for b in blocks],
+        compute,
+        lambda i: [torch.empty_like(x) for x in values_of(state, blocks[i])],
+        [bases.owner[b.root] for b in blocks],
+    )
+    for b, (values_a, values_g) in zip(blocks, found, strict=True):
+        held(state, "A_values")[b.root] = values_a
+        held(state, "G_values")[b.root] = values_g
+    bases.known.update(b.root for b in blocks)
+
+
+def values_of(state: State, block: Block) -> list[Tensor]:
+    """λ_A and λ_G."""
+    return [held(state, "A_values")[block.root], held(state, "G_values")[block.root]]
+
+
+def eigenblock(state: State, bases: Bases, block: Block) -> Eigenblock:
+    """A block with its basis if it is this process's, else with its eigenvalues alone."""
+    values_a, values_g = values_of(state, block)
+    Q_A, Q_G = bases.vectors.get(block.root, (values_a.new_empty(0), values_a.new_empty(0)))
+    return Eigenblock(
+        block,
+        values_g.unsqueeze(-1) * values_a.unsqueeze(-2),
+        Q_G if Q_G.numel() else None,
+        Q_A if Q_A.numel() else None,
+        values_g,
+        values_a,
+    )
+
+
+class OwnedKroneckerOperator(KroneckerOperator):
+    """A :class:`KroneckerOperator` whose blocks are multiplied by their owners; all ranks must call it alike.
+
+    Args:
+        like: tensors shaped like the parameters.
+        layout: the blocks.
+        blocks: their eigenvalues, and the bases of this process's own.
+        diagonal: the diagonal at the parameters without a block.
+        factored: whether ``solve`` damps each factor.
+        bases: who owns which block.
+    """
+
+    def __init__(
+        self,
+        like: Sequence[Tensor],
+        layout: Layout,
+        blocks: Sequence[Eigenblock],
+        diagonal: Sequence[Tensor],
+        factored: bool,
+        bases: Bases,
+    ) -> None:
+        super().__init__(like, layout, blocks, diagonal, factored)
+        self._bases = bases
+
+    def diagonal(self) -> list[Tensor]:
+        """The diagonal of B, by the owners of its blocks."""
+        out = list(self.like)
+        self._by_owners(out, lambda block: block.diagonal())
+        if self._rest is not None:
+            self._put(out, self._rest.diagonal())
+        return out
+
+    def to_dense(self) -> Tensor:
+        """B as a (P, P) matrix, by P products."""
+        return Operator.to_dense(self)
+
+    def _apply(
+        self, v: Sequence[Tensor], out: list[Tensor], multiplier: Callable[[Eigenblock], Tensor]
+    ) -> None:
+        factors = {
+            block.block.root: multiplier(block) for block in self.blocks
+        }  # raises on all ranks or on none
+
+        def product(block: Eigenblock) -> Tensor:
+            V = gather(block.block, v).to(block.values.dtype)
+            return block.from_basis(factors[block.block.root] * block.to_basis(V))
+
+        self._by_owners(out, product)
+
+    def _by_owners(self, out: list[Tensor], compute: Callable[[Eigenblock], Tensor]) -> None:
+        processes: Team | None = team()
+        place = (0, 1) if processes is None else (processes.rank, processes.size)
+        if place != self._bases.place:
+            raise RuntimeError(
+                f"the eigenbases are divided among {self._bases.place[1]} ranks, and this product is taken by "
+                f'{place[1]}: take it inside a step, or keep them everywhere (inverses="everywhere")'
+            )
+        found = divided(
+            [1.0] * len(self.blocks),
+            lambda indices: [[compute(self.blocks[i]).contiguous()] for i in indices],
+            lambda i: [torch.empty_like(self.blocks[i].values)],
+            [self._bases.owner[block.block.root] for block in self.blocks],
+        )
+        for block, (V,) in zip(self.blocks, found, strict=True):
+            scatter(block.block, V, self.like, out)

@@ -1,0 +1,147 @@
+"""``KFAC(inverses="owner")`` in one process, where it owns all: the same operator, in another place. See also
+``tests/distributed/inverses.py``."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import optimizers
+from curvature import KFAC, estimate
+from curvature.protocols import CACHE
+from curvature.testing import check_estimator
+from optimizers import SecondOrder, build
+
+
+class Tied(nn.Module):
+    """An embedding whose matrix is the head's, a convolution, a norm: every kind of block, and a diagonal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(7, 4)
+        self.mix = nn.Conv1d(4, 4, 3, padding=1, groups=2)
+        self.norm = nn.LayerNorm(4)
+        self.head = nn.Linear(4, 7)
+        self.head.weight = self.embedding.weight
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embedding(x)
+        h = h + self.mix(h.mT).mT
+        return self.head(self.norm(h))
+
+
+X = torch.randint(0, 7, (5, 6), generator=torch.Generator().manual_seed(1))
+Y = torch.randint(0, 7, (5, 6), generator=torch.Generator().manual_seed(2))
+
+
+def loss_fn(z: Tensor, y: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(z.flatten(0, 1), y.flatten())
+
+
+@pytest.mark.filterwarnings("ignore:.*treats these by the diagonal")
+@pytest.mark.parametrize("fisher", ["type-2", "forward-only"])
+@pytest.mark.parametrize("damping_kind", ["exact", "factored"])
+def test_operator_is_the_same_wherever_its_bases_are(fisher: Any, damping_kind: Any) -> None:
+    model = Tied()
+    here, there = (
+        estimate(
+            KFAC(model, fisher=fisher, damping_kind=damping_kind, inverses=place), model, loss_fn, [(X, Y)]
+        )
+        for place in ("everywhere", "owner")
+    )
+    generator = torch.Generator().manual_seed(3)
+    v = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in model.parameters()]
+    for a, b in (
+        (here.matvec(v), there.matvec(v)),
+        (here.solve(v, 0.1), there.solve(v, 0.1)),
+        (here.diagonal(), there.diagonal()),
+    ):
+        for x, y in zip(a, b, strict=True):
+            assert torch.equal(x, y)
+    torch.testing.assert_close(here.to_dense(), there.to_dense(), rtol=1e-10, atol=1e-12)
+
+
+def test_estimator_keeps_the_laws() -> None:
+    check_estimator(lambda model: KFAC(model, inverses="owner"))
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+def train(model: nn.Module, optimizer: SecondOrder, steps: range) -> None:
+    for t in steps:
+        generator = torch.Generator().manual_seed(t)
+        x = torch.randn(10, 6, generator=generator, dtype=torch.float64)
+        y = torch.randint(0, 3, (10,), generator=generator)
+
+        def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+            optimizer.zero_grad()
+            outputs = model(x)
+            loss = nn.functional.cross_entropy(outputs, y)
+            optimizer.backward(loss, outputs)
+            return loss
+
+        optimizer.step(closure)
+
+
+def kfac(model: nn.Module, inverses: Any, interval: int = 1) -> SecondOrder:
+    return build(model, "kfac", inverses=inverses, inverse_interval=interval)
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+def test_training_is_the_same_bit_for_bit(interval: int) -> None:
+    a, b = network(), network()
+    everywhere, owner = kfac(a, "everywhere", interval), kfac(b, "owner", interval)
+    train(a, everywhere, range(8))
+    train(b, owner, range(8))
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    assert owner.state_bytes() == everywhere.state_bytes()  # one process owns all
+    assert not any("vectors" in name or CACHE in name for entries in owner.state.values() for name in entries)
+
+
+def test_bases_are_decomposed_again_after_a_load_and_a_copy() -> None:
+    """A state of other factors than those that the cache belongs to must not be used with it."""
+    model, other = network(), network()
+    optimizer, resumed = kfac(model, "owner"), kfac(other, "owner")
+    train(model, optimizer, range(4))
+    train(other, resumed, range(10, 13))  # its own bases, which the load makes worthless
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(optimizer.state_dict())
+    assert CACHE not in resumed._curvature_state
+    twin_model, twin = copy.deepcopy((model, optimizer))
+    for m, o in ((model, optimizer), (other, resumed), (twin_model, twin)):
+        train(m, o, range(4, 8))
+    for p, q, r in zip(model.parameters(), other.parameters(), twin_model.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert torch.equal(p, r)
+
+
+def test_a_layer_that_joins_later_gets_its_basis() -> None:
+    model = network()
+    for p in model[0].parameters():
+        p.requires_grad_(False)
+    optimizer = optimizers.KFAC(
+        model, params=model.parameters(), inverses="owner", inverse_interval=5, damping="fixed", radius=1.0
+    )
+    train(model, optimizer, range(2))
+    for p in model[0].parameters():
+        p.requires_grad_(True)
+    before = model[0].weight.detach().clone()
+    train(model, optimizer, range(2, 4))
+    assert not torch.equal(before, model[0].weight)
+    assert torch.isfinite(model[0].weight).all()
+
+
+def test_wrong_places_are_refused() -> None:
+    with pytest.raises(ValueError, match="inverses must be 'everywhere' or 'owner', got 'elsewhere'"):
+        KFAC(network(), inverses="elsewhere")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="EKFAC measures in the bases"):
+        optimizers.EKFAC(network(), inverses="owner")
