@@ -56,7 +56,7 @@ class CauchyPoint:
         unit = vectors.scale(gradient, 1 / torch.where(norm > 0, norm, torch.ones_like(norm)))
         bend = vectors.dot(unit, product) / torch.where(norm > 0, norm, torch.ones_like(norm)) + damping
         convex = bend > 0
-        if norm.device.type == "cpu" and bool(torch.isinf(radius) & (bend <= 0) & (norm > 0)):
+        if vectors.readable(norm) and bool(torch.isinf(radius) & (bend <= 0) & (norm > 0)):
             raise ValueError(
                 "the curvature is not positive along the gradient, and without a region the model has no minimum: "
                 "use a finite radius or a larger damping"

@@ -21,7 +21,7 @@ class ExactSubproblem:
 
     Choose it for small problems (P up to some hundred) with expensive losses. The step satisfies the conditions of
     Moré & Sorensen to rounding: (B+λI+μI)p = -g, B+λI+μI ⪰ 0, μ >= 0, μ(Δ - ‖p‖) = 0. SciPy's ``trust-exact`` solves
-    only nearly: it stops when ‖p‖ is within 10% of Δ, so its iterates differ from these.
+    only nearly: it stops when ‖p‖ is within 10% of Δ. Solved to the end its iterates are these.
 
     Args:
         max_size: largest P for which a dense matrix is formed.

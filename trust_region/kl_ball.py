@@ -58,7 +58,7 @@ class KLBall(Shape):
         product = curvature.matvec(newton)
         factor, energy = self._factor(newton, product, radius, context)
         noise = 1e3 * torch.finfo(energy.dtype).eps * vectors.norm(newton) * vectors.norm(product)
-        if energy.device.type == "cpu" and bool(energy < -noise):
+        if vectors.readable(energy) and bool(energy < -noise):
             raise ValueError(
                 f"KLBall needs positive semi-definite curvature, and pᵀBp = {float(energy):.3g} < 0: use a Fisher or "
                 "Gauss-Newton curvature, or L2Ball with SteihaugCG for an indefinite one"

@@ -58,7 +58,7 @@ class RecordedRadius(Policy):
         """Δ_t, before the step."""
         recorded, steps = cast(Tensor, state["recorded"]), cast(Tensor, state["policy_steps"])
         index = steps.clamp(max=len(self.radii) - 1).to(torch.int64)
-        cast(Tensor, state["radius"]).copy_(recorded[index])
+        cast(Tensor, state["radius"]).copy_(recorded.index_select(0, index.reshape(1)).reshape(()))
         steps.add_(1.0)
 
     def judge(

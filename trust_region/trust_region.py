@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
-import torch
 from torch import Tensor
 
 from curvature import vectors
@@ -195,7 +194,7 @@ class TrustRegion:
 def refuse_uphill(solution: Solution) -> None:
     """Raise where a step without a region goes uphill and nothing would judge it; an accelerator is not waited for."""
     negative = solution.negative_curvature
-    if negative is None or torch.compiler.is_compiling() or negative.device.type != "cpu":
+    if negative is None or not vectors.readable(negative):
         return
     if bool(negative):
         raise ValueError(
@@ -214,6 +213,11 @@ def scaled_by_lr(step: Sequence[Tensor], lr: Sequence[float | Tensor] | None) ->
     ]
 
 
+def _same(a: float | Tensor, b: float | Tensor) -> bool:
+    """Whether two learning rates are known to be equal, without reading a tensor."""
+    return a is b or not (isinstance(a, Tensor) or isinstance(b, Tensor) or a != b)
+
+
 def predicted_parts(
     gradient: Sequence[Tensor], curvature: CurvatureOperator, solution: Solution, context: StepContext
 ) -> list[Tensor]:
@@ -223,7 +227,7 @@ def predicted_parts(
     """
     step = scaled_by_lr(solution.step, context.lr)
     product = solution.curvature_step
-    same = context.lr is None or all(eta is context.lr[0] or eta == context.lr[0] for eta in context.lr[1:])
+    same = context.lr is None or all(_same(eta, context.lr[0]) for eta in context.lr[1:])
     if product is not None and same:
         product = scaled_by_lr(product, context.lr)
     else:
