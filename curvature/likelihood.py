@@ -138,7 +138,8 @@ def class_axes(z: Tensor) -> list[int]:
     if z.dim() <= 2:
         return [z.dim() - 1]
     last = z.dim() - 1
-    return [last, 1] if z.dim() == 3 else [1, last]
+    axes = [last, 1] if z.dim() == 3 else [1, last]
+    return [axis for axis in axes if z.shape[axis] > 1]  # one channel of an image is no axis of classes
 
 
 def unit_product(likelihood: Likelihood, z: Tensor, axis: int | None, v: Tensor) -> Tensor:

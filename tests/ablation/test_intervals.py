@@ -85,10 +85,18 @@ def test_one_seed_separates_nothing() -> None:
 
 
 def test_direction_of_a_verdict() -> None:
-    assert Interval(0.5, 0.4, 0.6, 3).verdict(1.0) == "better"
-    assert Interval(0.5, 0.4, 0.6, 3).verdict(1.0, lower_is_better=False) == "worse"
-    assert Interval(1.5, 1.4, 1.6, 3).verdict(1.0) == "worse"
-    assert Interval(1.0, 0.9, 1.6, 3).verdict(1.0) == "not separated"
+    assert Interval(0.5, 0.4, 0.6, 5).verdict(1.0) == "better"
+    assert Interval(0.5, 0.4, 0.6, 5).verdict(1.0, lower_is_better=False) == "worse"
+    assert Interval(1.5, 1.4, 1.6, 5).verdict(1.0) == "worse"
+    assert Interval(1.0, 0.9, 1.6, 5).verdict(1.0) == "not separated"
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_fewer_than_five_seeds_separate_nothing(count: int) -> None:
+    """All of n equal cells' differences have one sign with probability 2^(1-n): that is no evidence at 3."""
+    found = paired_bootstrap([-1.0 - 0.01 * i for i in range(count)])
+    assert found.high < 0 and found.verdict(0.0) == "not separated"
+    assert paired_bootstrap([-1.0 - 0.01 * i for i in range(5)]).verdict(0.0) == "better"
 
 
 def test_false_wins_are_rare_where_there_is_no_difference() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import nn
 
 from optimizers.ablation.workload import TensorData, Workload, accuracy, cross_entropy
 
 
+@functools.cache
 def load() -> TensorData:
     """Load the digits: 1,197 for training, 300 for validation, 300 for the test, in a fixed shuffle."""
     from sklearn.datasets import load_digits

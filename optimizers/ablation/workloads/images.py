@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from optimizers.ablation.data import DataSet, prepare, read_idx
 from optimizers.ablation.workload import TensorData
 
 
+@functools.lru_cache(maxsize=2)  # every run of an ablation reads the same images, and none writes to them
 def load(data_set: DataSet, flat: bool = True, reconstruct: bool = False) -> TensorData:
     """Load an idx image set: 55,000 for training, 5,000 for validation (fixed shuffle), 10,000 for the test.
 
