@@ -24,8 +24,8 @@ class Krylov:
 
     Choose it over :class:`SteihaugCG` where curvature is often negative or steps often end at the boundary: it goes
     on along the boundary instead of stopping there. The parts of B that g does not excite (the hard case) stay unseen,
-    as they do for SciPy's ``trust-krylov``, whose first Krylov space this is; solved to the end the iterates are the same
-    (by default SciPy stops by a rule of its own, see docs/explanation/parity).
+    as they do for SciPy's ``trust-krylov``, whose first Krylov space this is; solved to the end the iterates are the
+    same (by default SciPy stops by a rule of its own).
 
     Args:
         max_iterations: products, and basis vectors kept, at most.
