@@ -188,6 +188,7 @@ class _Preset:
         passes_over: vectors read and written a step, counting θ and g.
         passes_over_factors: the same of the factors' elements.
         per_product: vectors read and written a product, where curvature is reached by products.
+        by_model: a product is one with the model's graph, and the mean of those of all ranks.
         trial: passes through the model to judge a trial, in gradients (a forward pass is a third).
         gradients: passes through the model to measure curvature, a step.
         reduced: vectors reduced over ranks a step, beside factors and products.
@@ -201,6 +202,7 @@ class _Preset:
     passes_over: float
     passes_over_factors: float = 0.0
     per_product: float = 0.0
+    by_model: bool = True
     trial: float = 0.0
     gradients: float = 0.0
     reduced: float = 0.0
@@ -212,7 +214,7 @@ class _Preset:
 # and θ (2). A sum over its own result that a step waits for costs one more pass over what it is formed from.
 _ADAM = _Preset(2, 2, 12, passes_over=8, shardable=True)
 _BY_PRODUCTS = _Preset(0, 1, 8, passes_over=8, per_product=10, trial=1 / 3)
-_MEMORY = _Preset(22, 1, 8 + 80, passes_over=12, per_product=10 + 42, trial=1 / 3)
+_MEMORY = _Preset(22, 1, 8 + 80, passes_over=12, per_product=10 + 42, by_model=False, trial=1 / 3)
 _KRONECKER = _Preset(
     1, 2, 16, passes_over=15, passes_over_factors=5.1, gradients=2 / 3, trial=1 / 3, factors="kfac"
 )
@@ -291,9 +293,10 @@ def cost(
     share = ranks if sharded else 1
     state = -(-kept // share) + scalars
     by_products = products if row.per_product else 0.0
+    through_model = by_products if row.by_model else 0.0
     touched = (row.passes_over + by_products * row.per_product) * size
     touched += row.passes_over_factors * factors.square
-    reduced = FLOAT * ((row.reduced + by_products) * size + factors.reduced) + _agreed(row)
+    reduced = FLOAT * ((row.reduced + through_model) * size + factors.reduced) + _agreed(row)
     shared = FLOAT * factors.shared if ranks > 1 else 0.0
     ring = (ranks - 1) / ranks
     # DDP reduces the gradient; FSDP2 gathers the parameters before forward and backward, and scatters the gradient
@@ -307,7 +310,7 @@ def cost(
         reduced=reduced if ranks > 1 else 0.0,
         shared=shared,
         sent=ring * (model + 2 * reduced + shared),
-        passes=row.gradients + row.trial + 2 * by_products,
+        passes=row.gradients + row.trial + 2 * through_model,
     )
 
 

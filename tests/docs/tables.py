@@ -1,0 +1,114 @@
+"""Tables of the pages, from the files that measurements wrote and from the cost model.
+
+``python -m tests.docs.tables`` writes them; a test fails where one of them is no longer what its source says.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from optimizers.cost_model import PRESETS, SIZES, cost
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+RESULTS = DOCS / "results"
+GIB = 2**30
+RANKS = 64
+Rows = list[list[str]]
+
+
+def measured(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((RESULTS / name / "cpu.json").read_text(encoding="utf-8"))
+    return content
+
+
+def short(value: float) -> str:
+    """Three digits."""
+    if value == 0:
+        return "0"
+    if value < 0.005:
+        return "< 0.01"
+    return f"{value:.0f}" if value >= 99.5 else f"{value:.3g}"
+
+
+def state_by_size() -> Rows:
+    """Bytes of state a float32 parameter."""
+    rows = [["preset", *SIZES]]
+    for name in sorted(PRESETS):
+        found = [cost(name, layers) for layers in SIZES.values()]
+        rows.append([f"``{name}``", *(short(x.state / x.parameters) for x in found)])
+    return rows
+
+
+def ranks_at(size: str) -> Rows:
+    """GiB a rank of 64: kept, moved, sent."""
+    head = ["preset", "all kept", "of it state", "traffic a step", "sent a step", "passes a step"]
+    rows = [head]
+    for name in sorted(PRESETS):
+        modes = (False, True) if PRESETS[name].shardable else (False,)
+        for sharded in modes:
+            x = cost(name, SIZES[size], ranks=RANKS, sharded=sharded)
+            label = f"``{name}``" + (", FSDP2" if sharded else "")
+            numbers = (x.memory / GIB, x.state / GIB, x.traffic / GIB, x.sent / GIB)
+            rows.append([label, *map(short, numbers), short(x.passes)])
+    return rows
+
+
+def curvature_cost() -> Rows:
+    """Time of measuring curvature, and of whole steps, in units that each line names."""
+    found = measured("curvature_cost")
+    rows = [["what", "unit", "GPT", "MLP"]]
+    for name, entry in found["gpt"].items():
+        if "ratio" not in entry or name == "gradient":
+            continue
+        cells = [found[model].get(name) for model in ("gpt", "mlp")]
+        unit = "AdamW's step" if name.startswith("step, ") else "a gradient"
+        rows.append([name, unit, *(interval(cell) for cell in cells)])
+    return rows
+
+
+def interval(entry: dict[str, float] | None) -> str:
+    if entry is None:
+        return ""
+    spread = f" ({entry['lower']:.2f} to {entry['upper']:.2f})" if "lower" in entry else ""
+    return f"{entry['ratio']:.2f}{spread}"
+
+
+def step_cost() -> Rows:
+    """Time of a step alone, in units of PyTorch's fused AdamW."""
+    models = measured("step_cost")["models"]
+    names = list(dict.fromkeys(n for model in models.values() for n in model["contenders"]))
+    head = ["step", *(f"{name}, {model['parameters'] / 1e6:.1f} M" for name, model in models.items())]
+    rows = [head]
+    for name in names:
+        cells = [model["contenders"].get(name) for model in models.values()]
+        rows.append([name, *("" if x is None else f"{x['ratio']:.2f}" for x in cells)])
+    return rows
+
+
+TABLES: dict[str, Callable[[], Rows]] = {
+    "explanation/costs_state.csv": state_by_size,
+    "explanation/costs_7B.csv": lambda: ranks_at("7B"),
+    "explanation/costs_70B.csv": lambda: ranks_at("70B"),
+    "explanation/step_cost.csv": step_cost,
+    "how_to/curvature_cost.csv": curvature_cost,
+}
+
+
+def written(rows: Rows) -> str:
+    stream = io.StringIO()
+    csv.writer(stream, lineterminator="\n").writerows(rows)
+    return stream.getvalue()
+
+
+def main() -> None:
+    for path, make in TABLES.items():
+        (DOCS / path).write_text(written(make()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Tables and figures in the pages are those of their sources; what prose says about them is true."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from optimizers.cost_model import PRESETS, SIZES, cost
+from tests.docs.tables import DOCS, TABLES, measured, written
+
+FLAT = "flat-50M"
+
+
+@pytest.mark.parametrize("path", sorted(TABLES))
+def test_table_is_what_its_source_says(path: str) -> None:
+    remedy = "run python -m tests.docs.tables, and read the page again"
+    assert (DOCS / path).read_text(encoding="utf-8") == written(TABLES[path]()), remedy
+
+
+@pytest.mark.parametrize("path", sorted(TABLES))
+def test_table_is_shown(path: str) -> None:
+    name = path.split("/")[-1]
+    assert any(name in page.read_text(encoding="utf-8") for page in (DOCS / path).parent.glob("*.md"))
+
+
+def test_what_the_page_on_costs_says() -> None:
+    """docs/explanation/costs.md, sentence by sentence."""
+    at = {size: {name: cost(name, SIZES[size]) for name in PRESETS} for size in SIZES}
+    for size, rows in at.items():
+        by_state = {name: x.state / x.parameters for name, x in rows.items()}
+        assert all(abs(by_state[n] - 8) < 0.01 for n in ("soaa", "adamw", "lamb", "sophia-h", "adahessian"))
+        assert by_state["muon"] < 4.01 < 15.99 < by_state["tadam"]
+        assert by_state["lbfgs-trust-region"] > 88 - 1e-9
+        assert by_state["trust-region-newton"] < 0.01
+        assert min(by_state["shampoo"], by_state["soap"]) > 8, size
+    assert at["70B"]["kfac"].state / at["70B"]["kfac"].parameters < 8.0 < 10.0 < at["7B"]["kfac"].state / 7e9
+    assert at["7B"]["kfac"].state < at["7B"]["soap"].state
+    assert not any(PRESETS[n].shardable for n in ("kfac", "soap", "shampoo", "muon", "trust-region-newton"))
+
+
+def test_what_the_page_on_compilation_says() -> None:
+    """docs/explanation/compilation.md: the two passes, their times, the eager step."""
+    models = measured("step_cost")["models"]
+    big = {name: row["ratio"] for name, row in models[FLAT]["contenders"].items()}
+    assert big["SOAA compiled"] < big["SOAA eager"] / 3
+    assert big["AdamW composed, compiled"] < big["AdamW composed, eager"] / 3
+    for model in models.values():
+        rows = {name: row["ratio"] for name, row in model["contenders"].items()}
+        assert rows["SOAA compiled"] < rows["SOAA eager"]
+        assert rows["AdamW composed, compiled"] < rows["SOAA compiled"]
+        assert rows["torch AdamW fused"] == 1.0 < rows["AdamW composed, compiled"]
+
+
+def test_what_the_choice_of_a_curvature_says() -> None:
+    """docs/how_to/choose_curvature.md names no figure of its own, only an order."""
+    for model in ("gpt", "mlp"):
+        found = {
+            name: row["ratio"] for name, row in measured("curvature_cost")[model].items() if "ratio" in row
+        }
+        assert found["K-FAC factors, forward-only"] < found["K-FAC factors, empirical"]
+        assert found["K-FAC factors, empirical"] < found["K-FAC factors, mc"]
+        assert found["step, sophia-h"] < found["step, adahessian"]
+    prose = (DOCS / "how_to" / "choose_curvature.md").read_text(encoding="utf-8")
+    assert not re.search(r"\d\.\d+ (gradients|times)", prose), "a measured figure belongs into the table"
