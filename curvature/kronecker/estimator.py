@@ -28,6 +28,7 @@ from curvature.kronecker.output_curvature import (
     OutputCurvature,
     output_curvature,
 )
+from curvature.kronecker.spare import Spare
 from curvature.layer_io import Recorder
 from curvature.likelihood import Likelihood
 from curvature.loss_graph import LossGraph
@@ -46,7 +47,8 @@ class _Live:
     layout: Layout | None = None
     proven: Likelihood | None = None
     said: set[str] = field(default_factory=set)
-    proven_rows: dict[tuple[object, ...], bool] = field(default_factory=dict)
+    proven_rows: dict[tuple[object, ...], int | None] = field(default_factory=dict)
+    spare: Spare = field(default_factory=Spare)
 
 
 @dataclass
@@ -199,6 +201,7 @@ class KroneckerEstimator(Estimator):
             return self._measure(state, evaluation.graph, self._own_weights(problem, evaluation))
 
         operator = from_statistics(self, problem, measure)
+        self._live.spare.clear()
         assert isinstance(operator, KroneckerOperator)
         return operator
 
@@ -231,7 +234,7 @@ class KroneckerEstimator(Estimator):
         samples = sample_count(found.weights)
         used = measurement.spread_over_samples(used, trace, samples)
         scales = measurement.scale_calls(layout, trace, modules, params, samples)
-        scales = self._proven(graph, found, used, scales, samples)
+        used, scales = self._proven(graph, found, used, scales, samples)
         statistics = self._zeros(state, layout, params)
         unwritten = measurement.Unwritten(
             cast("list[Tensor]", statistics[key])[b.root]
@@ -269,22 +272,25 @@ class KroneckerEstimator(Estimator):
         used: Sequence[measurement.BlockCalls],
         scales: Sequence[measurement.ScaleCalls],
         samples: int,
-    ) -> list[measurement.ScaleCalls]:
-        """The layers of scales and shifts whose rows are the samples'; raises for a block whose rows are not.
+    ) -> tuple[list[measurement.BlockCalls], list[measurement.ScaleCalls]]:
+        """The blocks' uses with the samples' axis of each, and the layers of scales and shifts that have it first.
 
         Each use is looked at once.
+
+        Raises:
+            ValueError: for a block whose rows are not those of the samples.
         """
         together = self.fisher in ("type-2", "empirical")
         by_sample = self._by_sample or self.sharing == "reduce" or sample_rows.uneven(found.weights)
         if samples == 1 or (self.fisher == "forward-only" and not by_sample):
-            return list(scales)
+            return list(used), list(scales)
         asked = sample_rows.doubts(used, scales, samples, together, by_sample)
         proven = self._live.proven_rows
         new = [d for d in asked if d.key not in proven]
         if new:
-            astray = sample_rows.astray(graph, found, [d.rows for d in new], samples)
-            proven.update({d.key: k not in astray for k, d in enumerate(new)})
-        lost = {d.key[:2] for d in asked if not proven[d.key]}
+            proven.update(sample_rows.prove(graph, found, new, samples))
+        axes = {d.key: proven[d.key] for d in asked}
+        lost = {key[:2] for key, axis in axes.items() if axis is None}
         for kind, name in lost:
             if kind == "block":
                 raise ValueError(
@@ -292,7 +298,8 @@ class KroneckerEstimator(Estimator):
                     f"{type(self).__name__} cannot form each sample's gradient: keep the samples in dim 0 of inputs "
                     f"and outputs, or pass exclude=({name!r},) to treat the layer by the exact diagonal"
                 )
-        return [s for s in scales if ("scale", s.layer.module) not in lost]
+        kept = [s for s in scales if ("scale", s.layer.module) not in lost]
+        return sample_rows.with_axes(used, axes, samples, together, by_sample), kept
 
     @property
     def _by_sample(self) -> bool:
@@ -319,9 +326,14 @@ class KroneckerEstimator(Estimator):
                 shapes[key] = {b.root: self._shapes(b).get(key, (0,)) for b in pairs}
             shapes["mass_transposed"] = {b.root: (1,) for b in pairs}
         statistics: Statistics = {
-            key: (measurement.allocated if key in ("A", "G") else measurement.zeros)(layout, sizes, params)
+            key: measurement.zeros(layout, sizes, params)
             for key, sizes in shapes.items()
+            if key not in ("A", "G")
         }
+        # With an interval the memory is free between measurements, for whoever needs it then.
+        spare = self._live.spare if self.factor_interval == 1 else Spare()
+        for key in ("A", "G"):
+            statistics[key] = measurement.allocated(shapes[key], params, spare, key)
         for block in layout.blocks:
             if block.diagonal_input:
                 cast("list[Tensor]", statistics["A"])[block.root].zero_()

@@ -20,6 +20,7 @@ from curvature.kronecker.layout import Block, Layout, ScaleLayer
 from curvature.kronecker.moments import Held, Term
 from curvature.kronecker.output_curvature import OutputCurvature
 from curvature.kronecker.rules import BlockCall
+from curvature.kronecker.spare import Spare
 from curvature.layer_io import Trace
 from curvature.loss_graph import LossGraph
 from curvature.vectors import compute_dtype
@@ -193,7 +194,7 @@ def add_inputs_(
     block = used.block
     rows, weights = [], []
     for call in used.calls:
-        a = block.rule.input_rows(call.module, call.inputs)
+        a = call.input_rows(block.rule)
         lead = positions(a.shape[1:] if block.diagonal_input else a.shape[1:-1])
         w = factors.row_weights(found.weights, lead, repr(call.name)).to(A.dtype)
         if not block.diagonal_input:
@@ -286,7 +287,7 @@ def send_back_(
         rows: list[Tensor | None] = []
         for call in calls.calls:
             g = next(taken)
-            rows.append(None if g is None else block.rule.gradient_rows(call.module, g.reshape(call.shape)))
+            rows.append(None if g is None else call.gradient_rows(block.rule, g))
         G = (into.transposed if block.is_transposed else into.factors)[block.root]
         kept = [(c, r) for c, r in zip(calls.calls, rows, strict=True) if r is not None]
         if block.transposed is not None:
@@ -313,15 +314,18 @@ def send_back_(
 
 def zeros(layout: Layout, shapes: Mapping[int, tuple[int, ...]], params: Sequence[Tensor]) -> list[Tensor]:
     """Zeros of the given shapes, one tensor a parameter; without elements where none is given."""
-    return [x.zero_() for x in allocated(layout, shapes, params)]
+    return [
+        torch.zeros(shapes.get(i, (0,)), dtype=compute_dtype(p.dtype), device=p.device)
+        for i, p in enumerate(params)
+    ]
 
 
 def allocated(
-    layout: Layout, shapes: Mapping[int, tuple[int, ...]], params: Sequence[Tensor]
+    shapes: Mapping[int, tuple[int, ...]], params: Sequence[Tensor], spare: Spare, key: str
 ) -> list[Tensor]:
-    """As :func:`zeros`, with contents that mean nothing."""
+    """As :func:`zeros`, with contents that mean nothing, in memory that the last step left where there is some."""
     return [
-        torch.empty(shapes.get(i, (0,)), dtype=compute_dtype(p.dtype), device=p.device)
+        spare.take((key, i), shapes.get(i, (0,)), compute_dtype(p.dtype), p.device)
         for i, p in enumerate(params)
     ]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from curvature import EKFAC, KFAC, LossGraph
+from curvature import EKFAC, KFAC, LossGraph, estimate
 from tests.curvature import dense
 
 
@@ -78,3 +80,51 @@ def test_no_statistic_holds_what_lay_in_memory(fisher: Any, sharing: Any, kind: 
     i = [name for name, p in made.named_parameters() if p.requires_grad].index("unused.weight")
     assert found["A"][i].shape == (1, 3, 3)
     assert not bool(found["A"][i].any())  # nothing was written to it
+
+
+def step(kfac: KFAC, made: nn.Module, state: Any) -> dict[str, list[Tensor]]:
+    g = torch.Generator().manual_seed(state["step"])
+    x, y = torch.randint(0, 5, (7, 4), generator=g), torch.randint(0, 3, (7,), generator=g)
+    z = made(x)
+    state["step"] += 1
+    return kfac.measure(state, LossGraph(nn.functional.cross_entropy(z, y), dense.trainable(made), z))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("hold", [lambda x: x, lambda x: x[0][0], lambda x: x.detach(), lambda x: x.numpy()])
+def test_statistics_that_somebody_holds_are_never_overwritten(hold: Any) -> None:
+    made = model()
+    kfac = KFAC(made)
+    state = kfac.init(dense.trainable(made))
+    found = step(kfac, made, state)
+    kept = [hold(x) for key in ("A", "G") for x in found[key] if x.numel()]
+    before = [torch.as_tensor(x).clone() for x in kept]
+    del found
+    for _ in range(3):
+        step(kfac, made, state)
+    assert all(torch.equal(torch.as_tensor(x), y) for x, y in zip(kept, before, strict=True))
+
+
+def test_memory_of_a_step_is_that_of_the_next_where_nobody_holds_it() -> None:
+    made = model()
+    kfac = KFAC(made)
+    state = kfac.init(dense.trainable(made))
+    places = [x.data_ptr() for key in ("A", "G") for x in step(kfac, made, state)[key] if x.numel()]
+    taken = [torch.empty(300, 300) for _ in range(9)]  # what is given back to the system goes to others
+    assert places == [x.data_ptr() for key in ("A", "G") for x in step(kfac, made, state)[key] if x.numel()]
+    assert len(taken) == 9
+    seldom = KFAC(made, factor_interval=2)
+    step(seldom, made, seldom.init(dense.trainable(made)))
+    assert not seldom._live.spare._held
+
+
+def test_no_memory_is_kept_after_one_shot_use_or_in_a_copy() -> None:
+    made = model()
+    kfac = KFAC(made)
+    g = torch.Generator().manual_seed(4)
+    x, y = torch.randint(0, 5, (7, 4), generator=g), torch.randint(0, 3, (7,), generator=g)
+    estimate(kfac, made, nn.CrossEntropyLoss(), [(x, y)])
+    assert not kfac._live.spare._held
+    step(kfac, made, kfac.init(dense.trainable(made)))
+    assert kfac._live.spare._held
+    assert not copy.deepcopy(kfac)._live.spare._held
+    assert not pickle.loads(pickle.dumps(kfac._live.spare))._held
