@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from curvature.kronecker.layout import Block
+from curvature.kronecker.rules import LayerRule
+from curvature.kronecker.rules.base import samples_first
 
 #: Elements of per-sample gradients that may exist at once.
 CHUNK = 1 << 22
@@ -41,6 +43,15 @@ class Inputs(Protocol):
         """What the rule's ``input_rows`` reads."""
         ...
 
+    @property
+    def sample_axis(self) -> int:
+        """Which axis of the positions is the samples'."""
+        ...
+
+    def input_rows(self, rule: LayerRule) -> Tensor:
+        """a, the samples first."""
+        ...
+
 
 @dataclass(frozen=True)
 class HeldInputs:
@@ -49,6 +60,11 @@ class HeldInputs:
     module: nn.Module
     name: str
     inputs: tuple[Tensor, ...]
+    sample_axis: int
+
+    def input_rows(self, rule: LayerRule) -> Tensor:
+        """a, the samples first."""
+        return samples_first(rule.input_rows(self.module, self.inputs), self.sample_axis)
 
 
 @dataclass(frozen=True)
@@ -126,7 +142,7 @@ class Held:
         if id(call) not in self._calls:  # every vector sent back meets the same inputs
             inputs = tuple(x.clone() for x in call.inputs)
             self.elements += sum(x.numel() for x in inputs)
-            self._calls[id(call)] = (call, HeldInputs(call.module, call.name, inputs))
+            self._calls[id(call)] = (call, HeldInputs(call.module, call.name, inputs, call.sample_axis))
         return self._calls[id(call)][1]
 
 
@@ -156,7 +172,7 @@ def add_moments_(
     for call, g in zip(calls, gradients, strict=True):
         rows = by_sample(g, samples, call.name)
         left.append(rows if Q_G is None else rows @ Q_G.unsqueeze(1))
-        a = block.rule.input_rows(call.module, call.inputs)
+        a = call.input_rows(block.rule)
         if block.diagonal_input:
             right.append(by_sample(a.unsqueeze(-1), samples, call.name))
             continue
@@ -199,11 +215,11 @@ def add_paired_moments_(
     assert block.transposed is not None
     left, right = [], []
     for call, u in zip(calls, gradients, strict=True):
-        h = block.rule.input_rows(call.module, call.inputs).to(into.dtype)
+        h = call.input_rows(block.rule).to(into.dtype)
         left.append(by_sample(u.to(into.dtype), samples, call.name) @ Q_G.unsqueeze(1))
         right.append(by_sample(h, samples, call.name) @ Q_A.unsqueeze(1))
     for call, g in zip(exchanged, their_gradients, strict=True):
-        index = block.transposed.rule.input_rows(call.module, call.inputs)
+        index = call.input_rows(block.transposed.rule)
         token = by_sample(index.unsqueeze(-1), samples, call.name).squeeze(-1)
         left.append(Q_G[0][token.clamp(min=0)] * (token >= 0).unsqueeze(-1))
         right.append(by_sample(g.to(into.dtype), samples, call.name) @ Q_A.unsqueeze(1))

@@ -11,8 +11,8 @@ row of the sample it is counted for. Shapes alone do not tell: (T, N) positions 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -90,12 +90,12 @@ class Doubt:
     Args:
         key: under which the proof is remembered: the use, and how its rows are taken.
         rows: see there.
-        name: of the layer, for messages.
+        others: the same by axes of the positions that may be the samples' in place of the first.
     """
 
     key: tuple[object, ...]
     rows: Rows
-    name: str
+    others: dict[int, Rows] = field(default_factory=dict)
 
 
 def doubts(
@@ -115,15 +115,19 @@ def doubts(
         for calls in used:
             for k, call in enumerate(calls.calls):
                 rows = rows_of(calls.block, call, samples, by_sample)
-                key = ("block", call.name, calls.block.root, k, len(call.shape), rows.by_sample)
-                found.append(Doubt(key, rows, call.name))
+                key = key_of(calls.block, call, k, rows)
+                others = {
+                    axis: rows_of(calls.block, replace(call, sample_axis=axis), samples, True)
+                    for axis in other_axes(calls.block, call, samples)
+                    if rows.by_sample
+                }
+                found.append(Doubt(key, rows, others))
     for scale in scales:
         for k, call in enumerate(scale.calls):
             found.append(
                 Doubt(
                     ("scale", call.name, k, len(call.shape)),
                     Rows(call.edge, lambda g: g.reshape(samples, -1, 1), True),
-                    call.name,
                 )
             )
     return found
@@ -136,10 +140,63 @@ def rows_of(block: Block, call: BlockCall, samples: int, by_sample: bool) -> Row
     apart = by_sample and count % samples == 0
 
     def rows(gradient: Tensor) -> Tensor:
-        g = block.rule.gradient_rows(call.module, gradient.reshape(call.shape))
+        g = call.gradient_rows(block.rule, gradient)
         return g.movedim(0, -2).reshape(samples if apart else 1, -1, g.shape[-1])
 
     return Rows(call.edge, rows, apart)
+
+
+def other_axes(block: Block, call: BlockCall, samples: int) -> list[int]:
+    """Axes of a use's positions but the first that are as long as there are samples."""
+    like = torch.empty(call.shape, device="meta")
+    lead = block.rule.gradient_rows(call.module, like).shape[1:-1]
+    return [axis for axis in range(1, len(lead)) if lead[axis] == samples]
+
+
+def key_of(block: Block, call: BlockCall, number: int, rows: Rows) -> tuple[object, ...]:
+    """Under which the proof of a block's use is remembered."""
+    return ("block", call.name, block.root, block.is_transposed, number, len(call.shape), rows.by_sample)
+
+
+def with_axes(
+    used: Sequence[BlockCalls],
+    axes: Mapping[tuple[object, ...], int | None],
+    samples: int,
+    together: bool,
+    by_sample: bool,
+) -> list[BlockCalls]:
+    """The uses, each with the axis of its positions that was found to be the samples'."""
+    found = []
+    for calls in used:
+        moved = []
+        for k, call in enumerate(calls.calls):
+            axis = None
+            if together or by_sample:
+                axis = axes[key_of(calls.block, call, k, rows_of(calls.block, call, samples, by_sample))]
+            moved.append(replace(call, sample_axis=axis) if axis else call)
+        found.append(replace(calls, calls=tuple(moved)))
+    return found
+
+
+def prove(
+    graph: LossGraph, found: OutputCurvature, asked: Sequence[Doubt], samples: int
+) -> dict[tuple[object, ...], int | None]:
+    """By key which axis of the positions is the samples': 0, another one, or ``None`` where none is.
+
+    Cost: that of :func:`astray`, once more for every axis that is tried.
+    """
+    axes: dict[tuple[object, ...], int | None] = {}
+    left = [(d, 0, d.rows) for d in asked]
+    tried = 0
+    while left:
+        lost = astray(graph, found, [rows for _, _, rows in left], samples)
+        again = []
+        for k, (doubt, axis, _) in enumerate(left):
+            axes[doubt.key] = None if k in lost else axis
+            others = sorted(doubt.others)[tried : tried + 1]
+            again += [(doubt, other, doubt.others[other]) for other in others if k in lost]
+        left, tried = again, tried + 1
+    return axes
 
 
 def uneven(weights: Tensor) -> bool:

@@ -37,6 +37,7 @@ class BlockCall:
         edge: where the gradient is taken that the rule's ``gradient_rows`` reads.
         shape: the shape of that gradient.
         groups: which groups of the block take part, from and up to; ``None`` for all.
+        sample_axis: which axis of the positions is the samples', where that was found not to be the first.
     """
 
     module: nn.Module
@@ -45,11 +46,25 @@ class BlockCall:
     edge: GradientEdge
     shape: tuple[int, ...]
     groups: tuple[int, int] | None = None
+    sample_axis: int = 0
 
     @property
     def at(self) -> slice:
         """The groups as an index."""
         return slice(None) if self.groups is None else slice(*self.groups)
+
+    def input_rows(self, rule: LayerRule) -> Tensor:
+        """a, (groups, lead, d_in), the samples first."""
+        return samples_first(rule.input_rows(self.module, self.inputs), self.sample_axis)
+
+    def gradient_rows(self, rule: LayerRule, gradient: Tensor) -> Tensor:
+        """g, (groups, lead, d_out), the samples first, from the gradient at the edge."""
+        return samples_first(rule.gradient_rows(self.module, gradient.reshape(self.shape)), self.sample_axis)
+
+
+def samples_first(rows: Tensor, axis: int) -> Tensor:
+    """(groups, lead, …) with the samples' axis of lead in front."""
+    return rows.movedim(1 + axis, 1) if axis else rows
 
 
 class LayerRule:

@@ -16,7 +16,8 @@ from curvature.kronecker.rules.base import BlockCall, Dims, LayerRule
 from curvature.kronecker.rules.registry import register_rule
 from curvature.layer_io import Call, Trace, Use
 
-_PRODUCTS = ("AddmmBackward0", "MmBackward0")
+#: What reads a weight; a bias beside a frozen weight may also be added to a product that has no graph.
+_PRODUCTS = ("AddmmBackward0", "MmBackward0", "AddBackward0")
 
 
 def _checked(use: Use, name: str) -> Use:
@@ -72,6 +73,8 @@ class PackedProjectionRule(LayerRule):
         module = cast(nn.MultiheadAttention, modules[name])
         recorded = trace.calls.get(name, [])
         uses = trace.uses.get(id(module.in_proj_weight), [])
+        if not uses and module.in_proj_bias is not None:  # a bias trained alone needs no inputs, only the nodes
+            uses = trace.uses.get(id(module.in_proj_bias), [])
         found = []
         for call, parts in zip(recorded, _calls_of(uses, recorded, name), strict=True):
             call.record.check_unchanged()
@@ -124,7 +127,9 @@ class OutputProjectionRule(LayerRule):
             shape = (*lead, module.out_features)
             node = use.node
             x = getattr(node, "_saved_mat1" if node.name() == "AddmmBackward0" else "_saved_self", None)
-            x = call.record.argument(0, "query").new_zeros(1) if x is None else x.detach().reshape(*lead, -1)
+            if x is None:  # not kept for a bias alone
+                x = call.record.argument(0, "query").new_zeros(()).expand(*lead, module.in_features)
+            x = x.detach().reshape(*lead, -1)
             found.append(BlockCall(attention, name, (x,), GradientEdge(node, 0), shape))
         return found
 

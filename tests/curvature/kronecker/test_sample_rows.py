@@ -38,10 +38,32 @@ def layers() -> dict[str, nn.Module]:
     return {"a": nn.Linear(3, 4), "b": nn.Linear(4, 3)}
 
 
-@pytest.mark.parametrize("forward", [positions_first, position_by_position])
+OPTIONS = [(EKFAC, {}), (EKFAC, {"fisher": "empirical"}), (KFAC, {}), (KFAC, {"sharing": "reduce"})]
+
+
+def twin_of(model: nn.Module) -> nn.Module:
+    """The same function, samples first throughout."""
+    twin = Call(lambda m, x: m.b(torch.tanh(m.a(x))).mean(1), **layers())
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+@pytest.mark.parametrize(("kind", "options"), OPTIONS)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("length", [N, 3, 1])
+def test_the_samples_may_be_the_second_axis_of_a_layers_positions(
+    length: int, weighted: bool, kind: type[KFAC], options: dict[str, Any]
+) -> None:
+    model, x = Call(positions_first, **layers()), torch.randn(N, length, 3)
+    twin = twin_of(model)
+    ours = estimate(kind(model, **options), model, loss(weighted), [(x, Y)]).to_dense()
+    theirs = estimate(kind(twin, **options), twin, loss(weighted), [(x, Y)]).to_dense()
+    assert dense.relative_error(ours, theirs) < TIGHT
+
+
 @pytest.mark.parametrize("length", [N, 3])
-def test_rows_in_another_order_are_refused_where_samples_are_told_apart(forward: Any, length: int) -> None:
-    model, x = Call(forward, **layers()), torch.randn(N, length, 3)
+def test_rows_in_another_order_are_refused_where_samples_are_told_apart(length: int) -> None:
+    model, x = Call(position_by_position, **layers()), torch.randn(N, length, 3)
     refusal = r"belongs to several samples|keep the samples in dim 0"
     with pytest.raises(ValueError, match=refusal):
         estimate(EKFAC(model), model, loss(False), [(x, Y)])
@@ -49,11 +71,8 @@ def test_rows_in_another_order_are_refused_where_samples_are_told_apart(forward:
         estimate(KFAC(model, sharing="reduce"), model, loss(False), [(x, Y)])
     with pytest.raises(ValueError, match=refusal):
         estimate(KFAC(model), model, loss(True), [(x, Y)])
-    twin = Call(lambda m, x: m.b(torch.tanh(m.a(x))).mean(1), **layers())
-    twin.load_state_dict(model.state_dict())
-    same = estimate(
-        KFAC(twin), twin, loss(False), [(x, Y)]
-    ).to_dense()  # where all count alike, order is free
+    twin = twin_of(model)  # where all count alike, order is free
+    same = estimate(KFAC(twin), twin, loss(False), [(x, Y)]).to_dense()
     assert dense.relative_error(estimate(KFAC(model), model, loss(False), [(x, Y)]).to_dense(), same) < TIGHT
 
 
