@@ -15,9 +15,9 @@ from curvature.protocols import SingularCurvatureError
 
 
 def check_damping(damping: float | Tensor) -> None:
-    """Refuse a negative or NaN damping; a tensor on an accelerator is trusted, since reading it would wait."""
+    """Refuse a negative or NaN damping; one that the host cannot read without a wait is trusted."""
     if isinstance(damping, Tensor):
-        if damping.device.type != "cpu":
+        if not vectors.readable(damping):
             return
         damping = float(damping)
     if not damping >= 0:
@@ -137,7 +137,7 @@ class DiagonalOperator(Operator):
         for d in denominators:
             # On an accelerator the test would wait for the device; there 1/0 = inf shows, and the step's
             # finiteness test refuses it.
-            if d.device.type == "cpu" and bool((d == 0).any()):
+            if vectors.readable(d) and bool((d == 0).any()):
                 raise SingularCurvatureError(
                     "the damped diagonal has zeros; use a damping > 0 (or a larger one)"
                 )

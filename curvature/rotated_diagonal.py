@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from curvature import vectors
 from curvature.operators import Operator, check_damping
 from curvature.protocols import SingularCurvatureError
 from curvature.tensor_blocks import Block, along
@@ -65,7 +66,7 @@ class RotatedDiagonalOperator(Operator):
         for d in self.values:
             # on an accelerator the test would wait; there 1/0 shows, and the step's finiteness test refuses it
             if (
-                d.device.type == "cpu"
+                vectors.readable(d)
                 and d.numel()
                 and not bool(d.amin() + damping > 0)
                 and bool((d + damping == 0).any())

@@ -19,13 +19,15 @@ def check_beta(beta: float, name: str = "beta") -> None:
         raise ValueError(f"{name} must be in [0, 1), got {beta}")
 
 
-def bias_correction(count: Tensor, beta: float) -> Tensor:
+def bias_correction(count: Tensor, beta: float | Tensor) -> Tensor:
     """1 - βᵗ without cancellation: in float32, 1 - 0.999 would already be wrong in the fifth digit.
 
     Args:
         count: t, updates seen, 0-d; 0 counts as 1, so that the correction is never 0.
-        beta: the decay, in [0, 1).
+        beta: the decay, in [0, 1), a float or 0-d.
     """
+    if isinstance(beta, Tensor):  # a schedule's, inside a graph; the logarithm of 0 gives 1
+        return -torch.expm1(count.clamp(min=1.0) * torch.log(beta))
     if beta == 0.0:
         return torch.ones_like(count)
     return -torch.expm1(count.clamp(min=1.0) * math.log(beta))

@@ -105,6 +105,30 @@ class Shampoo(Estimator):
             state.update({GRAFT + key: value for key, value in self.grafting.init(params).items()})
         return state
 
+    def ordinary(self, state: State) -> bool:
+        """Whether the coming update decomposes nothing."""
+        seen_all = cast(int, state["decomposed"]) >= len(cast("list[Tensor]", state["count"]))
+        return seen_all and cast(int, state["step"]) % self.interval != 0
+
+    def advance(self, state: State, steps: int = 1) -> None:
+        """Count steps that :meth:`absorb` took; fewer than 0 takes back what was counted too much."""
+        state["step"] = cast(int, state["step"]) + steps
+
+    def absorb(self, state: State, seen: Observation) -> None:
+        """An ordinary update, without a number of the host."""
+        self._take_in(state, seen)
+        if self.grafting is not None:
+            self._graft(state, seen, [i for i, g in enumerate(seen.gradient) if g is not None])
+
+    def _take_in(self, state: State, seen: Observation) -> None:
+        """L_i ← βL_i + (1-β) G_(i)G_(i)ᵀ."""
+        factors, count = (cast("list[Tensor]", state[key]) for key in ("factors", "count"))
+        for t, flat, g in zip(count, factors, seen.gradient, strict=True):
+            if g is not None:
+                t.add_(1.0)
+                G = g.to(flat.dtype)
+                add_factors_(flat, G, self.blocks(G), running_weight(t, self.beta), self.beta)
+
     def update(self, state: State, seen: Observation) -> None:
         """L_i ← βL_i + (1-β) G_(i)G_(i)ᵀ, then eigendecompositions where due, then the grafted length."""
         due = cast(int, state["step"]) % self.interval == 0
@@ -113,10 +137,7 @@ class Shampoo(Estimator):
             cast("list[Tensor]", state[key]) for key in ("factors", "bases", "eigenvalues", "count")
         )
         live = [i for i, g in enumerate(seen.gradient) if g is not None]
-        for i in live:
-            count[i].add_(1.0)
-            G = cast(Tensor, seen.gradient[i]).to(factors[i].dtype)
-            add_factors_(factors[i], G, self.blocks(G), running_weight(count[i], self.beta), self.beta)
+        self._take_in(state, seen)
         turn = list(live) if due else newly_seen(state, count, live, times=1)
         if turn:
             decompose_all_(

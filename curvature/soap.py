@@ -107,22 +107,52 @@ class SOAP(Estimator):
         moments, factors, bases, count = (
             cast("list[Tensor]", state[key]) for key in ("second_moment", "factors", "bases", "count")
         )
-        factor_beta = self.beta if self.factor_beta is None else self.factor_beta
         live = [i for i, g in enumerate(seen.gradient) if g is not None]
-        gradients = {i: cast(Tensor, seen.gradient[i]).to(moments[i].dtype) for i in live}
-        if step > 1 and (step - 1) % self.interval == 0:
+        if self._due(step):
             refresh_(moments, factors, bases, [self.blocks(v) for v in moments])
         for i in live:
             count[i].add_(1.0)
         second = newly_seen(state, count, live, times=2)
-        own = {i: self.blocks(gradients[i]) for i in live}
         decompose_all_(
-            [factors[i] for i in second], [bases[i] for i in second], None, [own[i] for i in second]
+            [factors[i] for i in second],
+            [bases[i] for i in second],
+            None,
+            [self.blocks(moments[i]) for i in second],
         )
         for i in second:
             moments[i].zero_()
-        for i in live:
-            G, blocks = gradients[i], own[i]
+        self._take_in(state, seen)
+
+    def ordinary(self, state: State) -> bool:
+        """Whether the coming update refreshes no basis."""
+        seen_all = cast(int, state["decomposed"]) >= len(cast("list[Tensor]", state["count"]))
+        return seen_all and not self._due(cast(int, state["step"]))
+
+    def advance(self, state: State, steps: int = 1) -> None:
+        """Count steps that :meth:`absorb` took; fewer than 0 takes back what was counted too much."""
+        state["step"] = cast(int, state["step"]) + steps
+
+    def absorb(self, state: State, seen: Observation) -> None:
+        """An ordinary update, without a number of the host."""
+        for t, g in zip(cast("list[Tensor]", state["count"]), seen.gradient, strict=True):
+            if g is not None:
+                t.add_(1.0)
+        self._take_in(state, seen)
+
+    def _due(self, step: int) -> bool:
+        return step > 1 and (step - 1) % self.interval == 0
+
+    def _take_in(self, state: State, seen: Observation) -> None:
+        """G' into v, then G into the factors."""
+        moments, factors, bases, count = (
+            cast("list[Tensor]", state[key]) for key in ("second_moment", "factors", "bases", "count")
+        )
+        factor_beta = self.beta if self.factor_beta is None else self.factor_beta
+        for i, g in enumerate(seen.gradient):
+            if g is None:
+                continue
+            G = g.to(moments[i].dtype)
+            blocks = self.blocks(G)
             for basis, block in zip(views(bases[i], blocks), blocks, strict=True):
                 rotated = along(G[block.index], basis, transpose=True)
                 moments[i][block.index].mul_(self.beta).addcmul_(rotated, rotated, value=1.0 - self.beta)

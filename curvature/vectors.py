@@ -149,6 +149,11 @@ def norm(v: Vector) -> Tensor:
     return largest * _over_shards(scaled.square(), "sum").sqrt()
 
 
+def readable(x: Tensor) -> bool:
+    """Whether the host can read ``x`` now: on an accelerator it would wait, and in a graph there is no value yet."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def on(device: torch.device, *scalars: Tensor) -> list[Tensor]:
     """0-d tensors on ``device``; free where they already are."""
     return [s.to(device) for s in scalars]

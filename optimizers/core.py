@@ -40,14 +40,17 @@ def averaged_gradient(
     gradient: Sequence[Tensor | None],
     buffers: Sequence[Tensor],
     counts: Sequence[Tensor],
-    betas: Sequence[float],
+    betas: Sequence[float | Tensor],
     params: Sequence[Tensor],
 ) -> list[Tensor]:
-    """The gradient that the model is built from: zeros for a parameter that has none in this step."""
+    """The gradient that the model is built from: zeros for a parameter that has none in this step.
+
+    Without buffers nothing is averaged.
+    """
     live = [i for i, g in enumerate(gradient) if g is not None]
     if live:
         torch._foreach_add_([counts[i] for i in live], 1.0)
-    if momentum is None or all(b == 0.0 for b in betas):
+    if momentum is None or not buffers:
         averaged = {i: gradient[i] for i in live}
     else:
         means = momentum.average_(
@@ -101,12 +104,12 @@ def apply_(
     gradient: Sequence[Tensor | None],
     step: Sequence[Tensor],
     lr: Sequence[float | Tensor],
-    weight_decay: Sequence[float],
+    weight_decay: Sequence[float | Tensor],
 ) -> None:
     """θ ← θ - ηλθ + step, for the parameters that have a gradient (decoupled decay, arXiv 1711.05101)."""
     for p, g, s, eta, decay in zip(params, gradient, step, lr, weight_decay, strict=True):
         if g is None:
             continue
-        if decay != 0.0:
+        if isinstance(decay, Tensor) or decay != 0.0:
             p.mul_(1.0 - eta * decay)
         p.add_(s.to(p.dtype))

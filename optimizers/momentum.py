@@ -29,7 +29,7 @@ class Momentum(Protocol):
         buffer: Sequence[Tensor],
         gradient: Sequence[Tensor],
         count: Sequence[Tensor],
-        beta: Sequence[float],
+        beta: Sequence[float | Tensor],
     ) -> list[Tensor]:
         """Take ``gradient`` into ``buffer``, in place, and return the averaged gradient.
 
@@ -37,7 +37,7 @@ class Momentum(Protocol):
             buffer: m, one tensor a parameter.
             gradient: g.
             count: t, this gradient included, 0-d each.
-            beta: the present decay of every tensor's group.
+            beta: the present decay of every tensor's group, a float or (in a compiled step) 0-d.
         """
         ...
 
@@ -63,7 +63,7 @@ class RunningMean:
         buffer: Sequence[Tensor],
         gradient: Sequence[Tensor],
         count: Sequence[Tensor],
-        beta: Sequence[float],
+        beta: Sequence[float | Tensor],
     ) -> list[Tensor]:
         """m̂."""
         _lerp_by_group(buffer, gradient, beta)
@@ -93,13 +93,13 @@ class HeavyBall:
         buffer: Sequence[Tensor],
         gradient: Sequence[Tensor],
         count: Sequence[Tensor],
-        beta: Sequence[float],
+        beta: Sequence[float | Tensor],
     ) -> list[Tensor]:
         """m, or g + βm."""
         for m, g, b in zip(buffer, gradient, beta, strict=True):
             m.mul_(b).add_(g)
         if self.nesterov:
-            return [torch.add(g, m, alpha=b) for m, g, b in zip(buffer, gradient, beta, strict=True)]
+            return [torch.add(g, m * b) for m, g, b in zip(buffer, gradient, beta, strict=True)]
         return [m.clone() for m in buffer]
 
 
@@ -123,7 +123,7 @@ class PlainMean:
         buffer: Sequence[Tensor],
         gradient: Sequence[Tensor],
         count: Sequence[Tensor],
-        beta: Sequence[float],
+        beta: Sequence[float | Tensor],
     ) -> list[Tensor]:
         """m, or (1-β)g + βm."""
         _lerp_by_group(buffer, gradient, beta)
@@ -132,12 +132,15 @@ class PlainMean:
         return [m.clone() for m in buffer]
 
 
-def _lerp_by_group(buffer: Sequence[Tensor], gradient: Sequence[Tensor], beta: Sequence[float]) -> None:
+def _lerp_by_group(
+    buffer: Sequence[Tensor], gradient: Sequence[Tensor], beta: Sequence[float | Tensor]
+) -> None:
     """m ← m + (1-β)(g - m); one fused call where all groups have the same β."""
     if not buffer:
         return
-    if all(b == beta[0] for b in beta):
-        torch._foreach_lerp_(list(buffer), list(gradient), 1.0 - beta[0])
+    first = beta[0]
+    if not isinstance(first, Tensor) and all(not isinstance(b, Tensor) and b == first for b in beta):
+        torch._foreach_lerp_(list(buffer), list(gradient), 1.0 - first)
     else:
         for m, g, b in zip(buffer, gradient, beta, strict=True):
             m.lerp_(g, 1.0 - b)

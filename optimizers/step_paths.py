@@ -2,7 +2,8 @@
 
 From the narrowest to the widest:
 
-- *compiled*: kernels made for the composition, for every tensor's gradient present (:mod:`optimizers.compiled`);
+- *compiled*, where every tensor has a gradient (:mod:`optimizers.compiled`): two kernels for one formula an element,
+  a graph over all tensors for any other composition whose signals are gradients;
 - *blocked*: one formula an element on a CPU, block by block (``blocked.py``);
 - *diagonal*: a diagonal curvature on a CPU, block by block (``diagonal_step.py``);
 - the general path (``core.py``), which writes every intermediate vector and takes anything.
@@ -22,7 +23,9 @@ from curvature import vectors
 from curvature.operators import DiagonalOperator
 from curvature.protocols import CurvatureOperator, State
 from optimizers import blocked, diagonal_step, elementwise
+from optimizers.compiled import graph
 from optimizers.compiled.elementwise_path import ElementwisePath
+from optimizers.compiled.graph_path import GraphPath
 from optimizers.compiled.kernels import compiler_failures
 from optimizers.compiled.two_pass import Options, Tensors
 from optimizers.core import Composition
@@ -89,11 +92,10 @@ def check_compile(compiles: Compile, composition: Composition) -> None:
     """
     if compiles not in (True, False, "auto"):
         raise ValueError(f'compile must be True, False or "auto", got {compiles!r}')
-    if compiles is True and _formula_of(composition) is None:
+    reason = graph.why_not(composition) if compiles is True else None
+    if reason is not None:
         raise ValueError(
-            "compile=True takes compositions whose step is one formula an element (SOAA with one radius, Adam, "
-            f"AdamW), got {type(composition.curvature).__name__} with {composition.trust_region}: "
-            'leave compile at "auto"'
+            f'compile=True takes compositions whose signals are gradients, and {reason}: leave compile at "auto"'
         )
 
 
@@ -109,6 +111,7 @@ class StepPaths:
         self.composition = composition
         self.compiles = compiles
         self._path: ElementwisePath | None = None
+        self._graph: GraphPath | None = None
         self._refused = False
 
     # -- compiled -------------------------------------------------------------------------------------------------
@@ -134,9 +137,31 @@ class StepPaths:
         if path is None:
             return None
         gradient = [p.grad for p in held.params]
-        if not path.takes(gradient):
+        takes = path.takes(gradient) if isinstance(path, ElementwisePath) else path.takes(held, gradient)
+        if not takes:
             return None
         check(loss)
+        loss = loss if loss is None else loss.to(held.skipped.device, non_blocking=True)
+        try:
+            return self._by(path, held, cast("list[Tensor]", gradient), loss, scale, ranks)
+        except compiler_failures() as error:
+            if self.compiles is True:
+                raise
+            self._refused = True
+            warnings.warn(f"steps are not compiled, since the compiler failed: {error}", stacklevel=6)
+            return None
+
+    @staticmethod
+    def _by(
+        path: ElementwisePath | GraphPath,
+        held: Held,
+        gradient: list[Tensor],
+        loss: Tensor | None,
+        scale: GradScale,
+        ranks: Ranks,
+    ) -> StepInfo:
+        if isinstance(path, GraphPath):
+            return path.step_(held, gradient, loss, scale, ranks)
         groups = held.groups
         options = Options(
             [g["momentum"] for g in groups],
@@ -145,17 +170,7 @@ class StepPaths:
             [-1.0 if g["maximize"] else 1.0 for g in groups],
             None if scale.scale is None else scale.scale.reciprocal(),
         )
-        loss = loss if loss is None else loss.to(held.skipped.device, non_blocking=True)
-        try:
-            return path.step_(
-                cast("list[Tensor]", gradient), options, loss, scale, ranks, held.region_state, held.skipped
-            )
-        except compiler_failures() as error:
-            if self.compiles is True:
-                raise
-            self._refused = True
-            warnings.warn(f"steps are not compiled, since the compiler failed: {error}", stacklevel=6)
-            return None
+        return path.step_(gradient, options, loss, scale, ranks, held.region_state, held.skipped)
 
     def wants_compiled(self, held: Held) -> bool:
         """Whether steps are to be compiled."""
@@ -163,28 +178,36 @@ class StepPaths:
 
     def settle(self) -> None:
         """Complete what the last compiled step left open."""
-        if self._path is not None:
-            with torch.no_grad():
-                self._path.settle()
+        for path in (self._path, self._graph):
+            if path is not None:
+                with torch.no_grad():
+                    path.settle()
 
     def forget(self, *, tried: bool = False) -> None:
         """Drop what was built for tensors that are replaced; with ``tried`` also that it could not be built."""
         self._path = None
         if tried:
-            self._refused = False
+            self._graph, self._refused = None, False
 
-    def _compiled_path(self, held: Held) -> ElementwisePath | None:
-        """The compiled passes, built once for these parameters and this state."""
-        if self._refused or not self.wants_compiled(held) or any(g["momentum"] == 0.0 for g in held.groups):
+    def _compiled_path(self, held: Held) -> ElementwisePath | GraphPath | None:
+        """What compiled steps are taken by, built once: the passes for these tensors, the graph for any."""
+        if self._refused or not self.wants_compiled(held):
             return None
-        if self._path is None:
-            self._path = self._built(held)
-            self._refused = self._path is None
-        return self._path
+        if self._path is not None and not any(g["momentum"] == 0.0 for g in held.groups):
+            return self._path
+        if find_ranks(held.params, None).shards is not None:
+            self._refused = True
+            return None
+        self._path = self._built(held)
+        if self._path is None and self._graph is None and graph.why_not(self.composition) is None:
+            self._graph = GraphPath(self.composition)
+        path = self._graph if self._path is None else self._path
+        self._refused = path is None
+        return path
 
     def _built(self, held: Held) -> ElementwisePath | None:
         formula = _formula_of(self.composition)
-        if formula is None or find_ranks(held.params, None).shards is not None:
+        if formula is None or any(g["momentum"] == 0.0 for g in held.groups):
             return None
         tensors = Tensors(
             held.params,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvature import EmpiricalFisherDiagonal
-from optimizers import SOAA, Adam, AdamW, SecondOrder, Tadam
+from optimizers import SOAA, Adam, AdamW, SecondOrder
 from optimizers.compiled import kernels
 from optimizers.compiled.rows import SMALLEST_LEAF, WIDTH, Layout
 from optimizers.step_paths import StepPaths
@@ -392,13 +392,3 @@ def test_the_compiler_failing_is_said_once_and_the_step_is_taken(monkeypatch: py
 def test_compile_says_what_it_takes() -> None:
     with pytest.raises(ValueError, match="compile must be"):
         SOAA(network().parameters(), compile="always")
-
-
-@pytest.mark.parametrize(
-    "make", [lambda p: SOAA(p, scope="tensor", compile=True), lambda p: Tadam(p, compile=True)]
-)
-def test_a_composition_without_a_compiled_step_is_refused_when_built(make: Any) -> None:
-    with pytest.raises(
-        ValueError, match="compile=True takes compositions whose step is one formula an element"
-    ):
-        make(network().parameters())
