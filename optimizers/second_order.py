@@ -293,9 +293,41 @@ class SecondOrder(torch.optim.Optimizer):
             if self._trial_needs_gradient:
                 loss.backward(retain_graph=retain_graph)
             return
+        self._backward_called = True
+        keeps = self._take_in(loss, outputs)
+        scaled = loss if scaler is None else scaler.scale(loss)
+        scaled.backward(retain_graph=retain_graph or keeps)
+        self._pending.knows_scale = scaler is not None
+
+    def observe(self, loss: Tensor, outputs: Any = None) -> None:
+        """What :meth:`backward` does beside the gradient: for every further optimizer over the same loss.
+
+        Call it before the one ``backward``, which adds the gradients of all parameters once and frees the graph; with
+        curvature that takes products in the step (:class:`curvature.Hessian`) that needs ``retain_graph=True``. Inside a
+        trial evaluation it does nothing.
+
+        Args:
+            loss: a scalar with a graph, not scaled.
+            outputs: the model's outputs, as for :meth:`backward`.
+
+        >>> from optimizers import AdaHessian, SOAA
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+        >>> body, head = AdaHessian(model[0].parameters()), SOAA(model[2].parameters())
+        >>> loss = model(torch.ones(2, 3)).square().mean()
+        >>> body.observe(loss)
+        >>> head.backward(loss)
+        >>> body.step(), head.step()
+        (None, None)
+        """
+        if not self._in_trial:
+            self._take_in(loss, outputs)
+            self._pending.knows_scale = True
+
+    def _take_in(self, loss: Tensor, outputs: Any) -> bool:
+        """Measure what the curvature needs and note the loss; whether its graph must live on till the step."""
         if self._pending.backwards and all(p.grad is None for p in self._params):
             self._forget()  # the gradients were cleared behind this optimizer's back: so are the observations
-        self._backward_called = True
+        keeps = False
         if self.needs.graph and self._due():
             graph = LossGraph(loss, self._params, outputs)
             ranks = find_ranks(self._params, self.process_group)
@@ -304,13 +336,11 @@ class SecondOrder(torch.optim.Optimizer):
             self._pending.add_statistics(statistics)
             if getattr(self.curvature, "keeps_graph", False):
                 self._pending.graphs.append(graph)
-                retain_graph = True
+                keeps = True
             else:
                 graph.release()
-        scaled = loss if scaler is None else scaler.scale(loss)
-        scaled.backward(retain_graph=retain_graph)
         self._pending.add_loss(loss)
-        self._pending.knows_scale = scaler is not None
+        return keeps
 
     def _forget(self) -> None:
         """Drop what ``backward`` observed and no step used."""

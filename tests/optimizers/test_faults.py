@@ -100,6 +100,48 @@ def test_two_optimizers_over_one_model_do_not_meddle() -> None:
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("order", [0, 1])
+def test_two_optimizers_that_both_look_at_the_loss(order: int, parts: int) -> None:
+    """One observes, the other goes backward: each moves its part as it would alone, and gradients are counted once."""
+    x, y = X.double(), Y
+
+    def made(model: torch.nn.Module) -> tuple[SecondOrder, SecondOrder]:
+        body = build(model, "adahessian", params=model[0].parameters(), lr=1e-2)
+        options = {"damping": "fixed", "radius": 1.0, "fisher": "type-2"}
+        return body, build(model, "kfac", params=model[2].parameters(), lr=1e-1, **options)
+
+    model = network().double()
+    pair = made(model)
+    alone = [network().double() for _ in range(2)]
+    single = [made(m)[i] for i, m in enumerate(alone)]
+    for _ in range(3):
+        for optimizer in pair:
+            optimizer.zero_grad()
+        for px, py in zip(x.chunk(parts), y.chunk(parts), strict=True):
+            outputs = model(px)
+            loss = torch.nn.functional.cross_entropy(outputs, py) / parts
+            pair[order].observe(loss, outputs)
+            pair[1 - order].backward(loss, outputs)
+        for optimizer in pair:
+            optimizer.step()
+        for m, optimizer in zip(alone, single, strict=True):
+            m.zero_grad()
+            optimizer.zero_grad()
+            for px, py in zip(x.chunk(parts), y.chunk(parts), strict=True):
+                outputs = m(px)
+                optimizer.backward(torch.nn.functional.cross_entropy(outputs, py) / parts, outputs)
+            optimizer.step()
+        with torch.no_grad():  # what the one moved the other sees
+            for p, q in zip(alone[0][2].parameters(), alone[1][2].parameters(), strict=True):
+                p.copy_(q)
+            for p, q in zip(alone[1][0].parameters(), alone[0][0].parameters(), strict=True):
+                p.copy_(q)
+    for p, q in zip(model.parameters(), alone[0].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-13)
+    assert not torch.equal(model[0].weight, network().double()[0].weight)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_model_moved_to_another_dtype_is_a_clear_error(dtype: torch.dtype) -> None:
     model = network()

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import io
 import pickle
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import optimizers
 from optimizers import SOAA, SecondOrder, available, build
+from optimizers.ablation.errors import AblationError
+from optimizers.ablation.store import Store
 
 
 def network(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
@@ -124,6 +129,30 @@ def test_damaged_checkpoint_is_a_clear_error_and_changes_nothing(damage: str) ->
     train(other, target, range(2, 4))
 
 
+@pytest.mark.parametrize("name", available()["optimizers"])
+def test_every_entry_of_every_preset_is_checked(name: str) -> None:
+    """One entry at a time of another shape, missing, or text: an error that names it, and nothing changed."""
+    model, other = network(), network()
+    source, target = build(model, name), build(other, name)
+    train(model, source, range(2))
+    good = source.state_dict()
+    before = copy.deepcopy(target.state_dict())
+    for i, entries in good["state"].items():
+        for entry, value in entries.items():
+            wrong = torch.zeros((*value.shape, 2)) if torch.is_tensor(value) else "1"
+            for damaged in (wrong, None, "__import__('os')", [1.0]):
+                if entry == "skipped_steps" and damaged is None:
+                    continue  # an entry that older checkpoints lack
+                with pytest.raises(ValueError, match=entry):
+                    target.load_state_dict(edit(good, i, entry, damaged))
+    after = target.state_dict()
+    assert before["param_groups"] == after["param_groups"]
+    for i, entries in before["state"].items():
+        for entry, value in entries.items():
+            torch.testing.assert_close(value, after["state"][i][entry], rtol=0, atol=0, equal_nan=True)
+    target.load_state_dict(good)
+
+
 def test_checkpoint_of_another_composition_is_refused() -> None:
     a, b = network(), network()
     with pytest.raises(ValueError, match="another composition"):
@@ -162,32 +191,81 @@ def test_hostile_checkpoint_is_an_error_not_code() -> None:
     assert not Bomb.fired
 
 
-def test_no_pickle_and_no_eval_where_files_are_read() -> None:
-    import ast
-    from pathlib import Path
+#: Modules that turn data into code, and calls that do.
+UNSAFE_MODULES = {"pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib", "imp", "code"}
+UNSAFE_CALLS = {"eval", "exec", "compile", "__import__", "execfile"}
+#: Checks that optimizers and estimators survive pickling; they read no file but their own buffer.
+PICKLING_CHECKS = {"optimizers/testing.py", "curvature/testing"}
 
-    import optimizers
 
-    forbidden = {"eval", "exec", "compile_command", "literal_eval_unsafe"}
-    for path in Path(optimizers.__file__).parent.rglob("*.py"):
-        if path.name == "testing.py":  # checks that optimizers survive pickling; reads no file
+def unsafe(source: str) -> list[str]:
+    """Lines of a module that could run what a file says."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [a.name for a in node.names] + [getattr(node, "module", "") or ""]
+            if UNSAFE_MODULES & {n.partition(".")[0] for n in names}:
+                found.append(ast.unparse(node))
+        if not isinstance(node, ast.Call):
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, (ast.Import, ast.ImportFrom)):
-                names = [a.name for a in node.names] + [getattr(node, "module", "") or ""]
-                assert not {"pickle", "dill", "cloudpickle", "shelve", "marshal"} & set(names), path
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-                assert node.func.id not in forbidden, (path, node.lineno)
-            if (
-                isinstance(node, ast.Call)
-                and isinstance(node.func, ast.Attribute)
-                and node.func.attr == "load"
-            ):
-                if isinstance(node.func.value, ast.Name) and node.func.value.id == "torch":
-                    assert any(
-                        k.arg == "weights_only" and getattr(k.value, "value", None) is True
-                        for k in node.keywords
-                    ), (path, node.lineno)
+        given = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
+        if isinstance(node.func, ast.Name) and node.func.id in UNSAFE_CALLS:
+            found.append(ast.unparse(node))
+        if isinstance(node.func, ast.Attribute):
+            name = ast.unparse(node.func)
+            if name == "torch.load" and given.get("weights_only") is not True:
+                found.append(ast.unparse(node))
+            if name in ("yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system", "os.popen"):
+                found.append(ast.unparse(node))
+            if given.get("allow_pickle") or given.get("shell"):
+                found.append(ast.unparse(node))
+    return found
+
+
+def test_no_pickle_and_no_eval_where_files_are_read() -> None:
+    root = Path(optimizers.__file__).parents[1]
+    seen = 0
+    for package in ("curvature", "trust_region", "optimizers"):
+        for path in (root / package).rglob("*.py"):
+            if any(path.relative_to(root).as_posix().startswith(p) for p in PICKLING_CHECKS):
+                continue
+            seen += 1
+            assert not unsafe(path.read_text()), path
+    assert seen > 100
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import pickle",
+        "from marshal import loads",
+        "eval(text)",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "yaml.load(file)",
+        "numpy.load(path, allow_pickle=True)",
+        "subprocess.run(text, shell=True)",
+    ],
+)
+def test_what_would_run_a_file_is_found(line: str) -> None:
+    assert unsafe(line)
+    assert not unsafe("torch.load(path, weights_only=True)\nyaml.safe_load(file)\njson.loads(text)")
+
+
+def test_hostile_run_folder_is_an_error_not_code(tmp_path: Path) -> None:
+    """Pickles in the place of records, of the marker, and of a checkpoint for the spectrum."""
+    store = Store(tmp_path / "runs")
+    bomb = pickle.dumps(Bomb())
+    (store.runs / "abc.json").write_bytes(bomb)
+    with pytest.raises(AblationError, match=r"abc\.json"):
+        store.load("abc")
+    (store.folder / "ablation.json").write_bytes(bomb)
+    with pytest.raises(AblationError, match=r"ablation\.json"):
+        Store(tmp_path / "runs")
+    (tmp_path / "model.pt").write_bytes(bomb)
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "model.pt", weights_only=True)
+    assert not Bomb.fired
 
 
 @pytest.fixture(autouse=True)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from optimizers import SOAA
 from optimizers.step_info import FIELDS
@@ -43,6 +45,37 @@ def test_records_are_read_only_every_k_steps(monkeypatch: pytest.MonkeyPatch) ->
     seen: list = []
     run(9, [lambda step, record: seen.append(step)], every=4)
     assert reads == [(4, len(FIELDS)), (4, len(FIELDS)), (1, len(FIELDS))]
+
+
+def test_ordinary_steps_wait_for_nothing() -> None:
+    """Not one number is read from a tensor between two flushes, by whatever way; a flush copies once."""
+
+    class Reads(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += func in (
+                torch.ops.aten._local_scalar_dense.default,
+                torch.ops.aten.is_nonzero.default,
+            )
+            return func(*args, **(kwargs or {}))
+
+    w = torch.nn.Parameter(torch.tensor([2.0, -1.0]))
+    optimizer = SOAA([w], lr=0.1)
+    telemetry = Telemetry(optimizer, [lambda step, record: None], every=100)
+    telemetry._handle.remove()  # its hook is called below, where it is watched
+    for _ in range(5):
+        optimizer.backward((w * w).sum())
+        optimizer.step()
+        with Reads() as reads:
+            telemetry._record(optimizer, (), {})
+        assert reads.count == 0
+    with Reads() as reads:
+        float(optimizer.step_info.radius)
+    assert reads.count == 1  # the watch sees what it should
+    telemetry.close()
 
 
 def test_csv_appends_to_one_header(tmp_path: Path) -> None:
