@@ -12,6 +12,7 @@ from torch import Tensor
 
 from curvature import vectors
 from curvature.protocols import State
+from trust_region import judgement
 from trust_region.protocols import Policy, Proposal, StepContext, Verdict
 
 
@@ -69,9 +70,8 @@ class RecordedRadius(Policy):
         trial_gradient_norm: Tensor | None = None,
     ) -> Verdict:
         """Accepted, whatever came of it; only a loss that is not finite is refused."""
-        predicted = proposal.predicted_reduction
         return Verdict(
             accepted=torch.isfinite(actual_reduction),
-            ratio=actual_reduction / predicted.clamp(min=torch.finfo(predicted.dtype).tiny),
+            ratio=judgement.ratio(actual_reduction, proposal.predicted_reduction),
             radius=cast(Tensor, state["radius"]).clone(),
         )

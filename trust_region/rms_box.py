@@ -59,6 +59,7 @@ class RmsBox(Shape):
     beta: float = 0.999
 
     shardable = True
+    finite_only = True
 
     def __post_init__(self) -> None:
         check_beta(self.beta)

@@ -158,7 +158,11 @@ class SOAARadius(Policy):
         )
         low, high = (1.0 - self.gamma) ** exponent, 1.0 + self.gamma**exponent
         live = finite & (predicted != 0.0)
-        ratio = actual_reduction / predicted.clamp(min=self.eps)
+        promised = predicted.clamp(min=self.eps)
+        # a quotient that would overflow saturates: d is at its bound then, whatever ρ is
+        most = 0.5 * torch.finfo(actual_reduction.dtype).max
+        actual = actual_reduction.clamp(-most, most)
+        ratio = actual / torch.maximum(promised, actual.abs() / most)
         moved = torch.minimum(torch.maximum(ratio * radius, low), high)
         return torch.where(live, ratio, float("nan")), torch.where(live, moved, radius)
 

@@ -59,6 +59,7 @@ class SpectralBall(Shape):
     scale: Literal["original", "match_rms_adamw"] | None = None
 
     scope = "tensor"
+    finite_only = True
 
     def __post_init__(self) -> None:
         if not 1 <= self.steps < 100:

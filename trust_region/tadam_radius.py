@@ -17,6 +17,7 @@ from torch import Tensor
 from curvature import vectors
 from curvature.protocols import CurvatureOperator, Needs, State
 from curvature.running_mean import bias_correction, check_beta
+from trust_region import judgement
 from trust_region.protocols import Policy, Proposal, Solution, StepContext, Verdict
 
 
@@ -92,7 +93,7 @@ class TadamRadius(Policy):
         actual = running / bias_correction(seen, self.beta) - loss
         low, high = self.bounds(steps)
         radius.copy_(torch.where(live, self.adapted(radius, predicted, actual, low, high), radius))
-        ratio.copy_(torch.where(live, actual / predicted.clamp(min=self.eps), math.nan))
+        ratio.copy_(torch.where(live, judgement.ratio(actual, predicted.clamp(min=self.eps)), math.nan))
         reduction.copy_(torch.where(live, actual, math.nan))
         running.copy_(torch.where(finite, torch.lerp(loss, running, self.beta), running))
         seen.add_(finite)
@@ -164,5 +165,7 @@ class TadamRadius(Policy):
         low, high = self.bounds(steps)
         moved = self.adapted(radius, predicted, actual_reduction, low, high)
         radius.copy_(torch.where(credible, moved, torch.minimum(radius, radius * (1.0 - self.gamma))))
-        ratio = torch.where(credible, actual_reduction / predicted.clamp(min=self.eps), math.nan)
+        ratio = torch.where(
+            credible, judgement.ratio(actual_reduction, predicted.clamp(min=self.eps)), math.nan
+        )
         return Verdict(credible, ratio, radius.clone(), actual_reduction)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast
@@ -27,8 +28,9 @@ class TrustRegion:
         damping: λ >= 0, in curvature units, beside a policy that has none of its own: it makes a singular B solvable.
 
     Raises:
-        ValueError: for a solver that works in the Euclidean ball only, given another region; in :meth:`propose` for an
-            indefinite B that nothing holds back (no region, and a policy that takes every step).
+        ValueError: for a solver that works in the Euclidean ball only, given another region, or one ball a tensor; for
+            an infinite radius beside a region that needs a finite one; in :meth:`propose` for an indefinite B that
+            nothing holds back (no region, and a policy that takes every step).
 
     >>> import torch
     >>> from trust_region import FixedRadius, L2Ball
@@ -59,6 +61,7 @@ class TrustRegion:
             raise ValueError(
                 f"{type(self.subproblem).__name__} finds steps inside {names} only, got {type(self.region).__name__}"
             )
+        self._check_shape()
         weight = "sigma" if getattr(self.subproblem, "weight", None) == "sigma" else None
         adapts_sigma = "sigma" in getattr(self.radius, "adapts", ())
         if weight == "sigma" and not adapts_sigma:
@@ -71,6 +74,28 @@ class TrustRegion:
         mine, theirs = getattr(self.region, "scope", None), getattr(self.radius, "scope", None)
         if theirs == "tensor" and mine != "tensor":
             raise ValueError('a radius a tensor (scope="tensor") needs a region with scope="tensor"')
+
+    def _check_shape(self) -> None:
+        """Refuse a region that the solver would take for another one, and an infinite radius where none can be."""
+        region = self.region
+        if self.subproblem is not None:
+            name = type(self.subproblem).__name__
+            if getattr(region, "scope", None) == "tensor":
+                raise ValueError(
+                    f"{name} finds one step inside one ball over all tensors, got {region}: leave its scope global, or "
+                    "leave the solver out"
+                )
+            if getattr(region, "includes_lr", False):
+                raise ValueError(
+                    f"{name} measures the step before the learning rate, got {region}: leave includes_lr False, or "
+                    "leave the solver out"
+                )
+        policy = getattr(self.radius, "policy", self.radius)
+        if getattr(region, "finite_only", False) and getattr(policy, "radius", 1.0) == math.inf:
+            raise ValueError(
+                f"{type(region).__name__} needs a finite radius, and that of {type(policy).__name__} is infinite: give "
+                "it a radius, or use Unbounded or L2Ball"
+            )
 
     @property
     def needs(self) -> Needs:
