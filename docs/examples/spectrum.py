@@ -38,7 +38,7 @@ for axes, title in zip(panels, ("at the start", "after 300 steps"), strict=True)
         exact, torch.full_like(exact, floor / 12), "|", color="#f85149", ms=7, label="exact eigenvalues"
     )
     axes.set_yscale("log")
-    axes.set_ylim(bottom=floor / 30)
+    axes.set_ylim(floor / 30, 4 * float(density.max()))
     axes.set_ylabel(f"density, {title}", fontsize=9)
     axes.patch.set_alpha(0)
     axes.xaxis.label.set_color(INK)
