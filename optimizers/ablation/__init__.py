@@ -13,6 +13,7 @@ from optimizers.ablation.cell import Cell
 from optimizers.ablation.config import Ablation, RunConfig
 from optimizers.ablation.config_file import read_config, read_study
 from optimizers.ablation.errors import AblationError
+from optimizers.ablation.report import report
 from optimizers.ablation.results import Row
 from optimizers.ablation.workload import TensorData, Workload
 
@@ -30,4 +31,5 @@ __all__ = [
     "read_config",
     "read_outcome",
     "read_study",
+    "report",
 ]

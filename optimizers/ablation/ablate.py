@@ -17,6 +17,7 @@ from optimizers.ablation.run import check
 from optimizers.ablation.store import Store, read_json, write_bytes, write_json
 
 CONFIGURATION = "configuration.json"
+STUDY = "study.db"
 Starter = Callable[[list[RunConfig], int], None]
 
 
@@ -174,12 +175,16 @@ def _outcome(protocol: Protocol, *, complete: bool) -> Outcome:
 
 @contextlib.contextmanager
 def _ledger(ablation: Ablation, runs: list[RunConfig], store: Store) -> Iterator[Ledger]:
-    if not ablation.storage:
+    # a tuned study is an Optuna study from the start; runs that take turns do so in this process alone
+    url = ablation.storage
+    if not url and ablation.tune and not ablation.interleave:
+        url = f"sqlite:///{(store.folder / STUDY).resolve()}"
+    if not url:
         yield LocalLedger(runs, store)
         return
     from optimizers.ablation.ledger import StudyLedger
 
-    ledger = StudyLedger(ablation.storage, f"soaa/{ablation.workload}", store, runs)
+    ledger = StudyLedger(url, f"soaa/{ablation.workload}", store, runs)
     try:
         yield ledger
     finally:

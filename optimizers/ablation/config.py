@@ -83,7 +83,8 @@ class Ablation:
         interleave: the seeds' runs of different cells take turns in one process, so that the machine's drift hits
             all alike and their times may be compared.
         storage: address of an Optuna study database, such as ``"sqlite:///study.db"``: processes on any number of
-            machines that name it share the runs. Empty: the runs are this process's alone.
+            machines that name it share the runs. Empty: ``study.db`` in the results folder where cells are tuned and
+            do not take turns, and no database elsewhere.
 
     Raises:
         AblationError: a value is out of range; names are checked by `check`.

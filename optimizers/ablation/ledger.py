@@ -65,9 +65,15 @@ class StudyLedger:
         self._url = url
 
     def close(self) -> None:
-        """Stop the heartbeat and let go of the database."""
+        """Give back what is claimed and not made, stop the heartbeat and let go of the database."""
         self._stop.set()
         self._heart.join()
+        # an interrupt is no death of a process: it must not use up a run's retries
+        with contextlib.suppress(Exception):  # the process ends anyhow: what is left is queued as an orphan's
+            for number in self._claimed.values():
+                trial = self._trials()[number]
+                if self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL):
+                    self._study.add_trial(again(trial, int(trial.user_attrs.get("retries", 0))))
         self._storage.remove_session()
         self._storage.engine.dispose()
 
@@ -201,14 +207,17 @@ def requeue(study: optuna.Study, trial: FrozenTrial) -> None:
             f"the run {trial.user_attrs.get('key')} ({trial.user_attrs.get('cell')}) lost its process {retries} times: "
             "is there enough memory? Finished runs are intact"
         )
+    study.add_trial(again(trial, retries))
+
+
+def again(trial: FrozenTrial, retries: int) -> FrozenTrial:
+    """Return a waiting trial of the same run."""
     attributes = {name: trial.user_attrs[name] for name in ("key", "cell", "config")}
-    study.add_trial(
-        optuna.trial.create_trial(
-            state=TrialState.WAITING,
-            params=trial.params,
-            distributions=trial.distributions,
-            user_attrs={**attributes, "retries": retries, "retry_of": trial.number},
-        )
+    return optuna.trial.create_trial(
+        state=TrialState.WAITING,
+        params=trial.params,
+        distributions=trial.distributions,
+        user_attrs={**attributes, "retries": retries, "retry_of": trial.number},
     )
 
 

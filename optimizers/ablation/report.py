@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from optimizers.ablation import figures
 from optimizers.ablation.ablate import CONFIGURATION, read_outcome
 from optimizers.ablation.errors import AblationError
-from optimizers.ablation.report_page import comma_separated, markdown, page, slug
-from optimizers.ablation.report_sections import overall, section
 from optimizers.ablation.store import write_bytes
 
 
@@ -26,6 +23,11 @@ def report(folder: str | Path) -> Path:
     Raises:
         AblationError: there is no finished run, or the folder is none of an ablation.
     """
+    # here, so that a process that only trains loads nothing that draws
+    from optimizers.ablation import figures
+    from optimizers.ablation.report_page import comma_separated, markdown, page, slug
+    from optimizers.ablation.report_sections import overall, section
+
     folder = Path(folder)
     outcomes = [read_outcome(place) for place in _places(folder)]
     finished = [outcome for outcome in outcomes if outcome.rows]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import sqlite3
 import subprocess
 import sys
@@ -89,9 +90,40 @@ def test_run_of_a_process_that_died_is_queued_again_and_counted_once(tmp_path: P
     assert len(_trials(url)) == 5
 
 
-def test_shared_and_unshared_ablation_give_the_same_numbers(tmp_path: Path, url: str) -> None:
-    import dataclasses
+def test_an_interrupt_gives_the_run_back_and_uses_up_no_retry(tmp_path: Path, url: str) -> None:
+    runs = ABLATION.runs()
+    for number in range(6):  # more often than a run is retried
+        ledger = StudyLedger(url, "s", Store(tmp_path / "a"), runs)
+        claimed = ledger.claim()
+        assert claimed is not None
+        ledger.close()
+        assert len(_trials(url, TrialState.WAITING)) == 4
+        assert len(_trials(url, TrialState.FAIL)) == number + 1
+        assert not _trials(url, TrialState.RUNNING)
+    store = Store(tmp_path / "a")
+    ledger = StudyLedger(url, "s", store, runs)
+    execute(runs, store, ledger=ledger)
+    ledger.close()
+    assert len(_trials(url, TrialState.COMPLETE)) == 4
 
+
+def test_a_tuned_ablation_is_a_study_in_sqlite_by_default(tmp_path: Path) -> None:
+    tuned = Ablation(optimizers=("torch-adamw",), tune=3, extensions=0, seeds=2, steps=4, evaluations=1)
+    outcome = ablate(tuned, tmp_path / "out")
+    address = f"sqlite:///{tmp_path / 'out' / 'study.db'}"
+    trials = optuna.load_study(study_name="soaa/digits", storage=address).trials
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 5
+    (tuning,) = outcome.tunings
+    by_key = {trial.user_attrs["key"]: trial for trial in trials}
+    for trial in tuning.trials:
+        assert by_key[trial.config.key].value == trial.loss
+        assert by_key[trial.config.key].params["lr"] == trial.point["lr"]
+    taken_in_turns = dataclasses.replace(tuned, interleave=True)
+    ablate(taken_in_turns, tmp_path / "turns")
+    assert not (tmp_path / "turns" / "study.db").exists()
+
+
+def test_shared_and_unshared_ablation_give_the_same_numbers(tmp_path: Path, url: str) -> None:
     alone = ablate(ABLATION, tmp_path / "alone")
     shared = ablate(dataclasses.replace(ABLATION, storage=url), tmp_path / "shared")
     clock = ("ms/step", "seconds to target")

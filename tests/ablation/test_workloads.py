@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from optimizers.ablation import AblationError, TensorData, Workload, workload
+from optimizers.ablation import Ablation, AblationError, TensorData, Workload, ablate, workload
 from optimizers.ablation.data import FASHION_MNIST, MNIST, locate
+from optimizers.ablation.workload import Data, Split
 from optimizers.ablation.workloads import character_gpt, image_folder
 
 PARAMETERS = {
@@ -50,9 +51,40 @@ def test_text_splits_do_not_overlap_and_evaluation_covers_one() -> None:
     data = character_gpt.TextData("".join(chr(65 + i % 50) + str(i % 7) for i in range(5000)))
     lengths = {name: len(codes) for name, codes in data._splits.items()}
     assert lengths == {"train": 9000, "validation": 500, "test": 500}
-    windows = [batch for batch, _ in data.evaluation("test")]
-    assert torch.equal(torch.cat(windows).flatten(), data._splits["test"][: 7 * 64])
+    windows = torch.cat([batch for batch, _ in data.evaluation("test")])
+    parts = data._splits["test"][: 7 * 64].reshape(7, 64)
+    assert sorted(windows.tolist()) == sorted(parts.tolist())
     assert sum(len(batch) for batch, _ in data.evaluation("train", limit=10)) == 10
+
+
+@pytest.mark.parametrize("name", ["text", "tensors", "images"])
+def test_a_limited_evaluation_is_the_beginning_of_a_longer_one(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    data: Data
+    if name == "text":
+        data = character_gpt.TextData("".join(chr(65 + i * i % 53) for i in range(500 * 70)))
+    elif name == "tensors":
+        data = _tensor_data(30)
+    else:
+        data = image_folder.FolderData(request.getfixturevalue("images"))
+    split: Split = "test" if name == "images" else "train"
+    whole, longer, shorter = (
+        [torch.cat(parts) for parts in zip(*data.evaluation(split, limit), strict=True)]
+        for limit in (None, 9, 3)
+    )
+    assert len(shorter[0]) == 3
+    assert len(longer[0]) == min(9, len(whole[0]))
+    for ours, more, most in zip(shorter, longer, whole, strict=True):
+        assert torch.equal(ours, more[:3])
+        assert torch.equal(more, most[: len(more)])
+
+
+def test_a_limited_evaluation_of_a_text_is_spread_over_it() -> None:
+    text = character_gpt.TextData("a" * 40000 + "b" * 40000)
+    (codes, _), *_ = text.evaluation("train", limit=100)
+    # 72,000 characters, 32,000 of them b; 100 windows drawn without regard to place: standard error 5%
+    assert 0.25 < codes.double().mean() < 0.65
 
 
 def _tensor_data(count: int = 10) -> TensorData:
@@ -135,6 +167,29 @@ def test_image_folder_is_read_with_seeded_crops(images: Path) -> None:
     assert not torch.equal(first[0], next(data.batches(4, torch.Generator().manual_seed(2)))[0])
     assert [int(y) for _, ys in data.evaluation("test") for y in ys] == [0, 0, 1, 1]
     assert image_folder.resnet18(7)(first[0]).shape == (4, 7)
+
+
+def test_image_folder_is_an_ablation_like_any_other(images: Path, tmp_path: Path) -> None:
+    ablation = Ablation(
+        workload="image-folder", optimizers=("soaa",), learning_rates=(0.001,), seeds=1, steps=1,
+        batch_size=4, evaluations=1,
+    )  # fmt: skip
+    rows = ablate(ablation, tmp_path / "out").rows
+    assert [row.error for row in rows] == [""]
+    for row in rows:
+        (record,) = row.records
+        assert record["curve"]["step"] == [0, 1]
+        assert record["result"]["parameters"] == 11_177_538  # ResNet-18 with 2 classes
+        assert 0 <= record["result"]["test_metric"] <= 1
+    with pytest.raises(AblationError, match=r"batch_size must be <= 9, the training images, got 10"):
+        next(image_folder.FolderData(images).batches(10, torch.Generator()))
+
+
+def test_image_folder_with_an_empty_part_is_named(images: Path) -> None:
+    for path in (images / "val").rglob("*.png"):
+        path.unlink()
+    with pytest.raises(AblationError, match="no images for test"):
+        image_folder.FolderData(images)
 
 
 def test_image_folder_without_a_path_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,8 +40,8 @@ class TextData:
     def evaluation(self, split: Split, limit: int | None = None) -> Iterator[Batch]:
         codes = self._splits[split]
         starts = torch.arange(0, len(codes) - CONTEXT, CONTEXT)
-        if limit is not None and limit < len(starts):  # spread over the whole split
-            starts = starts[torch.linspace(0, len(starts) - 1, limit).long()]
+        # shuffled, so that the first few are spread over the whole split and are the first of more
+        starts = starts[torch.randperm(len(starts), generator=torch.Generator().manual_seed(0))][:limit]
         for part in starts.split(256):
             yield self._windows(codes, part)
 
