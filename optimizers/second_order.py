@@ -584,7 +584,7 @@ class SecondOrder(torch.optim.Optimizer):
             trial_loss = ranks.mean_(trial_loss.to(loss.dtype).clone())
             # Compared in the precision of the policy: half-precision losses would hide small reductions.
             actual = loss.to(proposal.step_norm.dtype) - trial_loss.to(proposal.step_norm)
-            norm = vectors.norm([g for g in trial_gradient if g is not None]) if wants_gradient else None
+            norm = trial.gradient_norm(trial_gradient) if wants_gradient else None
             verdict = self.trust_region.judge(self._region_state, proposal, actual, norm)
             accepted = bool(verdict.accepted)
         finally:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from curvature import vectors
 from optimizers.sharding import local
 
 RandomState = list[tuple[torch.device, Tensor]]
@@ -115,6 +116,21 @@ def evaluate(
             value = closure()
         gradient = [local(p.grad) for p in params]
     return loss_tensor(value, params), gradient
+
+
+def gradient_norm(gradient: Sequence[Tensor | None]) -> Tensor:
+    """The norm over all parameters that have a gradient at the trial point, 0-d.
+
+    Raises:
+        RuntimeError: for a closure that gave no parameter one.
+    """
+    present = [g for g in gradient if g is not None]
+    if not present:
+        raise RuntimeError(
+            "the closure computed no gradient at the trial point, and the policy's ratio needs its norm: call "
+            "optimizer.backward(loss) in it at every evaluation"
+        )
+    return vectors.norm(present)
 
 
 def shifted_gradient(
