@@ -48,7 +48,8 @@ class AdaHessian(SecondOrder):
     True
 
     Cost: ``probes`` Hessian-vector products every ``interval`` steps; 8 bytes a float32 parameter of state.
-    Reference: Yao et al. 2021, arXiv 2006.00719, algorithm 1.
+    Defaults: η, β and k of the paper's experiments with images; ε is Adam's.
+    Reference: Yao et al. 2021, arXiv 2006.00719, algorithm 1; equations (8), (10), (12) for the curvature.
     """
 
     def __init__(

@@ -36,6 +36,7 @@ class Adam(AdamW):
     tensor([1.5000])
 
     Cost: O(P) a step, 8 bytes a float32 parameter of state.
+    Defaults: the paper's.
     Reference: Kingma & Ba 2015, arXiv 1412.6980, algorithm 1.
     """
 

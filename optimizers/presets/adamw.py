@@ -29,7 +29,8 @@ class AdamW(SecondOrder):
         **options: of :class:`SecondOrder` (``maximize``, ``compile``).
 
     Cost: O(P) a step, 8 bytes a float32 parameter of state.
-    References: Kingma & Ba 2015, arXiv 1412.6980; Loshchilov & Hutter 2019, arXiv 1711.05101.
+    Defaults: those of ``torch.optim.AdamW``.
+    References: Kingma & Ba 2015, arXiv 1412.6980, algorithm 1; Loshchilov & Hutter 2019, arXiv 1711.05101, algorithm 2.
     """
 
     def __init__(

@@ -46,7 +46,8 @@ class ARC(SecondOrder):
     True
 
     Cost: one gradient, one forward pass and k Hessian products a trial, memory k P for the Krylov basis.
-    Reference: Cartis, Gould & Toint 2011, Math. Program. 127, algorithm 2.1.
+    Defaults: the paper's, section 7.
+    Reference: Cartis, Gould & Toint 2011, Math. Program. 127, algorithm 2.1, equations (2.4) to (2.7).
     """
 
     def __init__(

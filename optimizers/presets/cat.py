@@ -47,6 +47,7 @@ class CAT(SecondOrder):
     True
 
     Cost: two gradients and k Hessian products a trial, memory k P for the Krylov basis.
+    Defaults: those of the paper's experiments.
     Reference: Hamad & Hinder 2022, arXiv 2206.10053, algorithm 1.
     """
 

@@ -28,7 +28,7 @@ class EKFAC(KFAC):
     True
 
     Cost: see :class:`curvature.EKFAC`; with ``damping="trial"`` one forward pass a step more.
-    Reference: George et al. 2018, arXiv 1806.03884.
+    Reference: George et al. 2018, arXiv 1806.03884, section 3 and algorithm 1.
     """
 
     estimator = curvature.EKFAC

@@ -46,7 +46,12 @@ class HessianFree(SecondOrder):
     True
 
     Cost: one gradient, one forward pass and up to ``max_iterations`` Gauss-Newton products a step.
-    References: Martens 2010, Deep learning via Hessian-free optimization; Schraudolph 2002.
+    Two things are simpler than in the paper: conjugate gradients stop by their residual, not by the model's relative
+    progress, and every solve starts at zero, without a preconditioner.
+
+    Defaults: the paper's ω; the rest suits small problems.
+    References: Martens 2010, Deep learning via Hessian-free optimization, section 4.1 (the damping's rule); Schraudolph
+    2002 (the products).
     """
 
     def __init__(

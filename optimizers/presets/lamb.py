@@ -42,6 +42,7 @@ class LAMB(SecondOrder):
     tensor([2.6463, 3.6466])
 
     Cost: O(P) a step, 8 bytes a float32 parameter of state.
+    Defaults: β and ε of the paper's experiments, no decay, no cap.
     Reference: You et al. 2019, arXiv 1904.00962, algorithm 2.
     """
 

@@ -41,6 +41,7 @@ class LARS(SecondOrder):
     tensor([2.5000, 4.0000])
 
     Cost: O(P) a step, 4 bytes a float32 parameter of state.
+    Defaults: the paper's c and β.
     Reference: You, Gitman & Ginsburg 2017, arXiv 1708.03888, equation (6) and algorithm 1.
     """
 

@@ -42,8 +42,9 @@ class Muon(SecondOrder):
     tensor(True)
 
     Cost: 15 products of the matrix's smaller side a step; 4 bytes a float32 parameter of state.
-    References: Jordan et al. 2024, Muon; Liu et al. 2025, arXiv 2502.16982; Bernstein & Newhouse 2024,
-    arXiv 2409.20325 (why it is a trust region).
+    Defaults: those of ``torch.optim.Muon``.
+    References: Jordan et al. 2024, Muon (the quintic iteration); Liu et al. 2025, arXiv 2502.16982, section 2 (factors
+    by shape); Bernstein & Newhouse 2024, arXiv 2409.20325, section 2 (why it is a trust region).
     """
 
     def __init__(

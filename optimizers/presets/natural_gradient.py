@@ -49,6 +49,7 @@ class NaturalGradient(SecondOrder):
     True
 
     Cost: one gradient, one forward pass and up to ``max_iterations`` + 1 Fisher products a trial; no state but Δ.
+    Defaults: TRPO's δ = 0.01 and its ten conjugate-gradient iterations.
     References: Schulman et al. 2015, arXiv 1502.05477, appendix C; Amari 1998; Martens 2020, arXiv 1412.1193.
     """
 

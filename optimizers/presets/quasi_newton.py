@@ -44,7 +44,9 @@ class LSR1TrustRegion(SecondOrder):
     True
 
     Cost: one gradient and one forward pass a trial; 8 m + 8 bytes a float32 parameter of state.
-    References: Conn, Gould & Toint 1991; Byrd, Khalfan & Schnabel 1996; Nocedal & Wright 2006, algorithm 6.2.
+    Defaults: the radii of SciPy's trust-region methods; η at the upper end of what algorithm 6.2 allows.
+    References: Conn, Gould & Toint 1991; Byrd, Khalfan & Schnabel 1996; Nocedal & Wright 2006, equation (6.24) and
+    algorithm 6.2.
     """
 
     def __init__(
@@ -101,7 +103,9 @@ class LBFGSTrustRegion(SecondOrder):
     True
 
     Cost: one gradient and one forward pass a trial; 8 m + 8 bytes a float32 parameter of state.
-    References: Byrd, Nocedal & Schnabel 1994; Burdakov et al. 2017 (in a trust region).
+    Defaults: as :class:`LSR1TrustRegion`.
+    References: Byrd, Nocedal & Schnabel 1994 (the compact form; Nocedal & Wright 2006, theorem 7.4, and procedure 18.2
+    for Powell's pull); Burdakov et al. 2017 (in a trust region).
     """
 
     def __init__(

@@ -44,6 +44,7 @@ class AdamWReplay(SecondOrder):
     0.7
 
     Cost: AdamW's.
+    Defaults: Adam's. Reference: none; a control of this package's own.
     """
 
     def __init__(

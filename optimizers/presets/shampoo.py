@@ -43,8 +43,8 @@ class Shampoo(SecondOrder):
     tensor([1., 1.])
 
     Cost: see :class:`curvature.Shampoo`.
-    References: Gupta, Koren & Singer 2018, arXiv 1802.09568; Anil et al. 2020, arXiv 2002.09018; Shi et al. 2023,
-    arXiv 2309.06497.
+    References: Gupta, Koren & Singer 2018, arXiv 1802.09568, algorithms 1 and 2; Anil et al. 2020, arXiv 2002.09018;
+    Shi et al. 2023, arXiv 2309.06497.
     """
 
     def __init__(

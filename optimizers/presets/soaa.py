@@ -47,7 +47,8 @@ class SOAA(SecondOrder):
     True
 
     Cost: O(P) a step, 8 bytes a float32 parameter of state.
-    Reference: SOAA 2024, arXiv 2410.02293.
+    Defaults: the paper's β, γ and ε; η is Adam's.
+    Reference: SOAA 2024, arXiv 2410.02293; its equations, in order, are in docs/explanation/soaa.
     """
 
     def __init__(

@@ -50,6 +50,7 @@ class SophiaH(SecondOrder):
     tensor([ 1.9000, -1.1000])
 
     Cost: ``probes`` Hessian-vector products every ``interval`` steps; 8 bytes a float32 parameter of state.
+    Defaults: the paper's β, γ, ε and interval; its weight decay of 0.2 is left out, and η is to be set.
     Reference: Liu et al. 2023, arXiv 2305.14342, equation (6), algorithms 1 and 3.
     """
 
@@ -108,6 +109,7 @@ class SophiaG(SecondOrder):
         **options: of :class:`SecondOrder`.
 
     Cost: ``samples`` backward passes every ``interval`` steps; 8 bytes a float32 parameter of state.
+    Defaults: as :class:`SophiaH`, with the paper's γ for this estimator.
     Reference: Liu et al. 2023, arXiv 2305.14342, equation (6), algorithms 2 and 3.
     """
 

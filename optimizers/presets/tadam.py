@@ -45,7 +45,8 @@ class Tadam(SecondOrder):
     True
 
     Cost: O(P) a step, 16 bytes a float32 parameter of state.
-    Reference: Yang, Cho & Lee 2023, Tadam: a robust stochastic gradient optimizer.
+    Defaults: the paper's γ; the rest is Adam's.
+    Reference: Yang, Cho & Lee 2023, Tadam: a robust stochastic gradient optimizer. The equations are those above.
     """
 
     def __init__(

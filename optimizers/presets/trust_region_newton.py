@@ -45,6 +45,7 @@ class TrustRegionNewton(SecondOrder):
     True
 
     Cost: one gradient, one forward pass and a few Hessian-vector products a trial; no state but the radius.
+    Defaults: SciPy's.
     References: Steihaug 1983; Nocedal & Wright 2006, algorithms 4.1 and 7.2; Conn, Gould & Toint 2000.
     """
 

@@ -1,4 +1,4 @@
-"""Each assertion of :func:`optimizers.testing.check_optimizer` is seen to fail, on an optimizer that breaks that law."""
+"""Each assertion of :func:`optimizers.testing.check_optimizer` is seen to fail, on an optimizer that breaks it."""
 
 from __future__ import annotations
 

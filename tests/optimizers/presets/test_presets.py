@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -190,3 +192,21 @@ def test_bad_arguments_of_kronecker_presets(preset: type[SecondOrder]) -> None:
         preset(network(), radius=1.0, trust_region=TrustRegion())
     with pytest.raises(TypeError, match=r"model must be the torch.nn.Module"):
         preset(network().parameters())
+
+
+def test_every_preset_names_its_source_and_where_its_defaults_come_from() -> None:
+    """The paper with its equation, algorithm or section (AdamWReplay is this package's own), and the defaults."""
+    tuned_elsewhere = {"kfac", "ekfac", "shampoo", "soap"}
+    for name in optimizers.available()["optimizers"]:
+        text = " ".join((optimizers.registry.optimizers[name].__doc__ or "").split())
+        assert re.search(r"References?:", text), name
+        place = r"equation|algorithm|section|appendix|procedure|theorem"
+        source = text[re.search(r"References?:", text).start() :]
+        assert (
+            name == "adamw-replay"
+            or re.search(place, source)
+            or "those above" in source
+            or "explanation" in source
+        ), name
+        assert "Defaults:" in text or name in tuned_elsewhere, name
+        assert "Cost:" in text, name
