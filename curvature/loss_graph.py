@@ -19,6 +19,12 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from curvature import vectors
 
+_JVP_REMEDY = 'use jvp="finite-difference", or the math attention kernel'
+_LOSS_REMEDY = (
+    "compute the loss by operations that can be differentiated twice, or use curvature that needs gradients only "
+    "(EmpiricalFisherDiagonal, Shampoo, SOAP)"
+)
+
 
 class LossGraph:
     """One loss at one θ, while its graph lives.
@@ -31,10 +37,7 @@ class LossGraph:
     """
 
     def __init__(self, loss: Tensor, params: Sequence[Tensor], outputs: Any = None) -> None:
-        if not isinstance(loss, Tensor) or loss.numel() != 1:  # type: ignore[redundant-expr]
-            raise ValueError(f"loss must be a scalar tensor, got {describe(loss)}; reduce it with .mean() or .sum()")
-        if not loss.requires_grad:
-            raise ValueError("loss must require grad: was it computed under torch.no_grad, or from a frozen model?")
+        check_loss(loss)
         self.loss = loss
         self.params = list(params)
         self._given_outputs = outputs
@@ -50,8 +53,7 @@ class LossGraph:
             if self._given_outputs is None:
                 raise ValueError("this curvature needs the model's outputs: call optimizer.backward(loss, outputs)")
             self._output = output_tensor(self._given_outputs)
-            if not self._output.requires_grad:
-                raise ValueError("outputs must be the tensor that the loss was computed from, not detached from it")
+            check_outputs(self._output)
         return self._output
 
     def gradient(self) -> list[Tensor]:
@@ -98,7 +100,8 @@ class LossGraph:
             (gradient,) = torch.autograd.grad(self.loss, self.output, create_graph=True, allow_unused=True)
             if gradient is None:
                 raise ValueError("the loss does not depend on outputs: pass what the loss was computed from")
-            refuse_cut_graph([gradient])
+            with explain_missing_derivative(_LOSS_REMEDY, "loss"):
+                refuse_cut_graph([gradient])
             self._output_gradient = gradient
         return self._output_gradient
 
@@ -107,7 +110,7 @@ class LossGraph:
         gradient = self.output_gradient()
         if not gradient.requires_grad:
             return torch.zeros_like(self.output)
-        with explain_missing_derivative():
+        with explain_missing_derivative(_LOSS_REMEDY, "loss"):
             (product,) = torch.autograd.grad(
                 gradient,
                 self.output,
@@ -125,14 +128,14 @@ class LossGraph:
         """
         if self._pulled is None:
             u = torch.zeros_like(self.output, requires_grad=True)
-            with explain_missing_derivative('jvp="finite-difference"'):
+            with explain_missing_derivative(_JVP_REMEDY):
                 self._pulled = (u, self._grad(self.output, u, create_graph=True))
                 refuse_cut_graph(self._pulled[1])
         u, pulled = self._pulled
         pairs = [(g, x) for g, x in zip(pulled, v, strict=True) if g.requires_grad]
         if not pairs:  # the outputs do not depend on θ
             return torch.zeros_like(self.output)
-        with explain_missing_derivative('jvp="finite-difference"'):
+        with explain_missing_derivative(_JVP_REMEDY):
             (product,) = torch.autograd.grad(
                 [g for g, _ in pairs],
                 u,
@@ -248,19 +251,63 @@ def _passes(graph: LossGraph) -> bool:
 
 
 @contextmanager
-def explain_missing_derivative(remedy: str = 'hvp="finite-difference"') -> Iterator[None]:
+def explain_missing_derivative(
+    remedy: str = 'use hvp="finite-difference", or the math attention kernel', what: str = "model"
+) -> Iterator[None]:
     """Turn autograd's message about a missing second or forward derivative into one that names the remedy."""
     try:
         yield
     except (RuntimeError, NotImplementedError) as error:
         text = str(error)
-        signs = ("derivative for", "double backward", "does not support", "forward AD", "forward mode AD")
+        signs = (
+            "derivative for",
+            "double backward",
+            "does not support",
+            "forward AD",
+            "forward mode AD",
+            "once_differentiable",
+        )
         if any(sign in text for sign in signs):
+            causes = {"model": "a compiled graph, flash attention, sharding or a custom autograd.Function"}
             raise RuntimeError(
-                "this model has no derivative of its derivative here (a compiled graph, flash attention or sharding): "
-                f"use {remedy}, or the math attention kernel; autograd said: " + text.split("\n")[0]
+                f"this {what} has no derivative of its derivative here "
+                f"({causes.get(what, 'a custom autograd.Function')}): {remedy}; autograd said: " + text.split("\n")[0]
             ) from error
         raise
+
+
+def check_loss(loss: object, outputs: object = None) -> None:
+    """Refuse what is no real scalar with a graph, and the loss of an empty batch.
+
+    >>> check_loss(torch.ones(2, requires_grad=True))
+    Traceback (most recent call last):
+    ValueError: loss must be a scalar tensor, got a tensor of shape (2,); reduce it with .mean() or .sum()
+    """
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise ValueError(f"loss must be a scalar tensor, got {describe(loss)}; reduce it with .mean() or .sum()")
+    if loss.is_complex():
+        raise ValueError("loss must be real, got a complex tensor: take its real part or its absolute value")
+    if not loss.requires_grad:
+        raise ValueError("loss must require grad: was it computed under torch.no_grad, or from a frozen model?")
+    if isinstance(outputs, Tensor):
+        refuse_empty(outputs)
+
+
+def refuse_empty(z: Tensor) -> None:
+    """Refuse the outputs of an empty batch, whose mean loss is 0/0."""
+    if z.numel() == 0:
+        raise ValueError(f"outputs hold no sample, their shape is {tuple(z.shape)}: leave the empty batch out")
+
+
+def check_outputs(z: Tensor) -> None:
+    """Refuse outputs in which no curvature can be taken."""
+    if not z.requires_grad:
+        raise ValueError("outputs must be the tensor that the loss was computed from, not detached from it")
+    if z.is_complex():
+        raise ValueError(
+            "outputs must be real, got a complex tensor: let the model return torch.view_as_real(outputs)"
+        )
+    refuse_empty(z)
 
 
 def output_tensor(outputs: Any) -> Tensor:

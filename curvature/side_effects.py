@@ -25,9 +25,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     held = [(m, dict(m._buffers)) for m in model.modules()]
     modes = [(m, m.training) for m in model.modules()]
-    devices = {t.device for t in [*model.parameters(), *model.buffers()] if t.device.type == "cuda"}
     try:
-        with torch.random.fork_rng(devices=sorted(d.index or 0 for d in devices)):
+        with same_random_numbers(model):
             yield
     finally:
         for module, before in held:
@@ -38,6 +37,14 @@ def preserved(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(value)
         for module, mode in modes:
             module.training = mode
+
+
+@contextlib.contextmanager
+def same_random_numbers(model: nn.Module) -> Iterator[None]:
+    """Put the global random states back after the body, so that what follows draws the same again (dropout masks)."""
+    devices = {t.device for t in [*model.parameters(), *model.buffers()] if t.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(d.index or 0 for d in devices)):
+        yield
 
 
 def coupled_by_batch_norm(model: nn.Module) -> str | None:

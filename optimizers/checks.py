@@ -31,7 +31,9 @@ def check_group(group: Mapping[str, Any], needs: Needs) -> None:
         if p.is_complex():
             raise ValueError("complex parameters are not supported; view them as real (torch.view_as_real)")
         if not p.is_floating_point():
-            raise ValueError(f"parameters must be floating point, got {p.dtype}")
+            raise ValueError(
+                f"parameters must be floating point, got {p.dtype}: pass only those that require grad"
+            )
 
 
 OPTIONS = (

@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from curvature import vectors
 from curvature.identity import Identity
-from curvature.loss_graph import LossGraph
+from curvature.loss_graph import LossGraph, check_loss
 from curvature.protocols import TRANSIENT, CurvatureEstimator, Needs, Observation, State
 from optimizers import checkpoint, core, state_layout, step_info, trial
 from optimizers.checks import FLAGS, check_flags, check_group, check_unmoved, signal_names
@@ -325,6 +325,7 @@ class SecondOrder(torch.optim.Optimizer):
 
     def _take_in(self, loss: Tensor, outputs: Any) -> bool:
         """Measure what the curvature needs and note the loss; whether its graph must live on till the step."""
+        check_loss(loss, outputs)
         if self._pending.backwards and all(p.grad is None for p in self._params):
             self._forget()  # the gradients were cleared behind this optimizer's back: so are the observations
         keeps = False

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -28,6 +29,7 @@ from curvature.protocols import TRANSIENT, Observation, State, Statistics
 from curvature.registry import estimators
 from curvature.running_mean import running_mean_
 from curvature.shared_work import Team, team
+from curvature.side_effects import same_random_numbers
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,13 @@ class EKFAC(KroneckerEstimator):
         state = self.init(problem.params)
         for look in range(2):
             statistics: Statistics = {}
-            for number, evaluation in enumerate(problem.evaluations()):
-                if look == number == 0:
-                    refuse_other_paths(evaluation.graph, type(self).__name__)
-                own = self._own_weights(problem, evaluation)
-                add_statistics(statistics, self._look(state, evaluation.graph, own), evaluation.share)
+            # Both looks see the same loss: dropout draws the same masks again.
+            with same_random_numbers(problem.model) if look == 0 else nullcontext():
+                for number, evaluation in enumerate(problem.evaluations()):
+                    if look == number == 0:
+                        refuse_other_paths(evaluation.graph, type(self).__name__)
+                    own = self._own_weights(problem, evaluation)
+                    add_statistics(statistics, self._look(state, evaluation.graph, own), evaluation.share)
             if look == 0:
                 seen = Observation(problem.params, statistics=statistics, parameters=problem.params)
                 self.update(state, seen)

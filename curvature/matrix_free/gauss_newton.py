@@ -129,7 +129,7 @@ def forward_jvp(snapshot: Snapshot, batch: tuple[Any, Any], v: Sequence[Tensor])
     def read(outputs: Any) -> None:
         tangents.append(forward_ad.unpack_dual(output_tensor(outputs)).tangent)
 
-    with explain_missing_derivative('jvp="reverse" or jvp="finite-difference"'), forward_ad.dual_level():
+    with explain_missing_derivative('use jvp="reverse" or jvp="finite-difference"'), forward_ad.dual_level():
         duals = [forward_ad.make_dual(p, x.to(p.dtype)) for p, x in zip(snapshot.leaves(), v, strict=True)]
         _, outputs = snapshot.within(duals, lambda: snapshot.evaluate(batch, read))
         (tangent,) = tangents

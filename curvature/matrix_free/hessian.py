@@ -147,7 +147,7 @@ def forward_product(snapshot: Snapshot, batch: tuple[Any, Any], v: Sequence[Tens
     """d/dt ∇f(θ + t v) at t = 0, by dual numbers through the forward and the backward pass."""
     refuse_padding(snapshot, "hvp")
     leaves = snapshot.leaves()
-    with explain_missing_derivative('hvp="reverse" or hvp="finite-difference"'), forward_ad.dual_level():
+    with explain_missing_derivative('use hvp="reverse" or hvp="finite-difference"'), forward_ad.dual_level():
         duals = [forward_ad.make_dual(p, x.to(p.dtype)) for p, x in zip(leaves, v, strict=True)]
 
         def differentiate() -> Sequence[Tensor]:
