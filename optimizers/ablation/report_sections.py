@@ -126,7 +126,7 @@ def statements(compared: Sequence[Comparison]) -> list[str]:
             for entry in own:
                 groups[entry.verdicts[axis]].append(entry.cell)
             said = [
-                f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} {verdict}"
+                f"{', '.join(map(_quoted, names))} {'is' if len(names) == 1 else 'are'} {verdict}"
                 for verdict, names in groups.items()
                 if names and verdict != "not separated"
             ]
@@ -135,6 +135,11 @@ def statements(compared: Sequence[Comparison]) -> list[str]:
                 said.append(f"{rest} of {len(own)} not separated" if said else "nothing is separated")
             found.append(f"Against {reference}, {name}: {'; '.join(said)}.")
     return found
+
+
+def _quoted(name: str) -> str:
+    """A title with a comma in it would read as two in a list."""
+    return f"“{name}”" if "," in name else name
 
 
 def _pictures(

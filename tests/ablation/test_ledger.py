@@ -97,7 +97,9 @@ def test_an_interrupt_gives_the_run_back_and_uses_up_no_retry(tmp_path: Path, ur
         claimed = ledger.claim()
         assert claimed is not None
         ledger.close()
-        assert len(_trials(url, TrialState.WAITING)) == 4
+        waiting = _trials(url, TrialState.WAITING)
+        assert len(waiting) == 4
+        assert not any(trial.user_attrs.get("retries") for trial in waiting)
         assert len(_trials(url, TrialState.FAIL)) == number + 1
         assert not _trials(url, TrialState.RUNNING)
     store = Store(tmp_path / "a")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import html
+import json
 import re
 import shutil
 import subprocess
@@ -45,6 +47,59 @@ def test_markdown_tables_and_pictures_lie_beside_it(written: Path) -> None:
 def test_a_folder_without_results_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(AblationError, match="holds no results"):
         report(tmp_path)
+
+
+# a frame is a viewport of its own: its width is what media queries and the layout see
+PROBE = """<!DOCTYPE html><html><body><iframe id=f style="width:WIDTHpx;height:800px;border:0" src="PAGE"></iframe>
+<script>
+document.getElementById("f").onload = event => {
+  const page = event.target.contentDocument, style = (query, name) =>
+    getComputedStyle(page.querySelector(query))[name];
+  const wide = [...page.querySelectorAll("body *")].filter(e => e.getBoundingClientRect().right > WIDTH + 1
+    && !e.closest(".scroll") && !e.closest("svg")).map(e => e.tagName + "." + e.className);
+  const small = [...page.querySelectorAll("p, li, td, h2")].filter(e => parseFloat(getComputedStyle(e).fontSize) < 12);
+  document.title = "measured";
+  document.body.innerHTML = "<pre>" + JSON.stringify({width: page.documentElement.scrollWidth, wide: wide.slice(0, 5),
+    small: small.length, page: style("body", "backgroundColor"), ink: style("body", "color"),
+    cell: style("td", "color")}) + "</pre>";
+}</script></body></html>"""
+
+
+def _luminance(colour: str) -> float:
+    """Relative luminance, WCAG 2.1."""
+    parts = [int(n) / 255 for n in re.findall(r"\d+", colour)[:3]]
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def _contrast(first: str, second: str) -> float:
+    low, high = sorted([_luminance(first), _luminance(second)])
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+@pytest.mark.parametrize(("scheme", "dark"), [(0, True), (1, False)], ids=["dark", "light"])
+def test_page_fits_a_phone_and_is_readable_in_dark_and_light(
+    written: Path, tmp_path: Path, scheme: int, dark: bool
+) -> None:
+    probe = tmp_path / "probe.html"
+    probe.write_text(PROBE.replace("WIDTH", "360").replace("PAGE", written.as_uri()), encoding="utf-8")
+    done = subprocess.run(
+        [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files",
+         "--enable-logging=stderr", f"--blink-settings=preferredColorScheme={scheme}",
+         f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom", probe.as_uri()],
+        capture_output=True, text=True, timeout=90, check=False,
+    )  # fmt: skip
+    assert "CONSOLE" not in done.stderr
+    found = re.search(r"<pre>(\{.*?\})</pre>", done.stdout, re.DOTALL)
+    assert found, done.stdout[-500:]
+    seen = json.loads(html.unescape(found[1]))
+    assert seen["width"] <= 360, seen  # nothing but tables and figures in their own boxes scrolls sideways
+    assert seen["wide"] == []
+    assert seen["small"] == 0
+    assert (_luminance(seen["page"]) < 0.1) == dark
+    assert _contrast(seen["page"], seen["ink"]) > 7  # WCAG AAA
+    assert _contrast(seen["page"], seen["cell"]) > 4.5
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
