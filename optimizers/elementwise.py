@@ -76,11 +76,20 @@ def predicted_parts(
     return [eta * a - 0.5 * eta * eta * b for eta, a, b in rows]
 
 
-def quadratic_weight(policy: object, lr: Tensor, scale: Tensor | float) -> Tensor:
-    """q of the predicted reduction η⟨m̂,u⟩ - q⟨v̂,u²⟩ that :func:`predicted_parts` gives, for every η."""
+PREDICTIONS = ("model without s", "paper", "model")
+"""What q is in the predicted reduction η⟨m̂,u⟩ - q⟨v̂,u²⟩: ½η², ½η or ½η²(1+s)."""
+
+
+def prediction_of(policy: object) -> int:
+    """Which of :data:`PREDICTIONS` a policy divides by."""
     if not isinstance(policy, SOAARadius):
-        return 0.5 * lr * lr
-    return 0.5 * lr if policy.prediction == "paper" else 0.5 * lr * lr * scale
+        return 0
+    return 1 if policy.prediction == "paper" else 2
+
+
+def quadratic_weight(policy: object, lr: Tensor, scale: Tensor | float) -> Tensor:
+    """q of the predicted reduction that :func:`predicted_parts` gives, for every η."""
+    return (0.5 * lr * lr, 0.5 * lr, 0.5 * lr * lr * scale)[prediction_of(policy)]
 
 
 def proposal_of(parts: list[Tensor], squared_norm: Tensor, inside: Tensor, size: int) -> Proposal:

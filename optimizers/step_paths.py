@@ -27,7 +27,7 @@ from optimizers.compiled import graph
 from optimizers.compiled.elementwise_path import ElementwisePath
 from optimizers.compiled.graph_path import GraphPath
 from optimizers.compiled.kernels import compiler_failures
-from optimizers.compiled.two_pass import Options, Tensors
+from optimizers.compiled.tensors import Options, Tensors
 from optimizers.core import Composition
 from optimizers.distributed import Ranks, find_ranks
 from optimizers.scaling import GradScale

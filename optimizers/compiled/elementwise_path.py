@@ -15,7 +15,9 @@ from torch import Tensor
 from curvature.protocols import State
 from optimizers import step_info
 from optimizers.compiled.kernels import Kind
-from optimizers.compiled.two_pass import Options, Settled, Tensors, TwoPass, suits
+from optimizers.compiled.native import NativePasses, serves
+from optimizers.compiled.tensors import Options, Settled, Tensors, suits
+from optimizers.compiled.two_pass import TwoPass
 from optimizers.distributed import Ranks
 from optimizers.elementwise import Formula
 from optimizers.scaling import GradScale
@@ -38,6 +40,13 @@ class Open:
     info: StepInfo
 
 
+def passes_for(formula: Formula, trust_region: TrustRegion, kind: Kind) -> TwoPass | NativePasses:
+    """The passes for tensors of a kind: native on a CPU with a C++ compiler, else those of ``torch.compile``."""
+    if serves(kind):
+        return NativePasses(formula, trust_region.radius)
+    return TwoPass(formula, trust_region.radius)
+
+
 class ElementwisePath:
     """Takes the steps of one optimizer.
 
@@ -51,7 +60,7 @@ class ElementwisePath:
     def __init__(self, formula: Formula, trust_region: TrustRegion, tensors: Tensors, kind: Kind) -> None:
         self.trust_region = trust_region
         self.tensors, self.kind = tensors, kind
-        self.passes = TwoPass(formula, trust_region.radius)
+        self.passes: TwoPass | NativePasses = passes_for(formula, trust_region, kind)
         self._open: Open | None = None
 
     def takes(self, gradient: Sequence[Tensor | None]) -> bool:
@@ -86,6 +95,8 @@ class ElementwisePath:
         info = self._record(agreed, verdict, finite, region_state, skipped_steps)
         records = finite if agreed is None else finite & torch.isfinite(agreed)
         self._open = Open(region_state, records, info)
+        if self.passes.at_once:
+            self.settle()
         return info
 
     def settle(self) -> None:

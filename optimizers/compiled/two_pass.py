@@ -10,7 +10,6 @@ in-place one. The next step's first pass reads the same m and v before it change
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,82 +18,11 @@ from torch import Tensor
 
 from optimizers.compiled.kernels import COLUMNS, Kernels, Kind, kernels_of
 from optimizers.compiled.rows import ALIGNMENT, Layout, Pool
+from optimizers.compiled.tensors import Options, Settled, Tensors, classes, log
 from optimizers.elementwise import Formula, quadratic_weight
 from trust_region.rms_box import rank_one_scale
 
 _INDEX = {name: i for i, name in enumerate(COLUMNS)}
-
-
-@dataclass(frozen=True)
-class Tensors:
-    """What the step works on, in the order of the parameters.
-
-    Args:
-        params: θ.
-        mean: m.
-        second_moment: v.
-        steps: gradients that every m has taken in, 0-d each.
-        count: the same of v.
-        group: the parameter group of every tensor.
-    """
-
-    params: Sequence[Tensor]
-    mean: Sequence[Tensor]
-    second_moment: Sequence[Tensor]
-    steps: Sequence[Tensor]
-    count: Sequence[Tensor]
-    group: Sequence[int]
-
-    def kind(self) -> Kind | None:
-        """The one kind that all tensors are of, or ``None``; the gradient's dtype is the parameters'."""
-        first, state = self.params[0], self.mean[0].dtype
-        suited = all(
-            x.device == first.device and x.is_contiguous() and x.dtype == dtype
-            for tensors, dtype in (
-                (self.params, first.dtype),
-                (self.mean, state),
-                (self.second_moment, state),
-            )
-            for x in tensors
-        )
-        if not suited or not any(p.numel() for p in self.params):
-            return None
-        return Kind(first.device, first.dtype, first.dtype, state)
-
-    def pointers(self) -> list[int]:
-        """Where the parameters lie; a layout holds as long as they stay."""
-        return [p.data_ptr() for p in self.params]
-
-
-def suits(gradient: Sequence[Tensor | None], kind: Kind) -> bool:
-    """Whether every tensor has a gradient of that kind."""
-    return all(
-        g is not None
-        and g.layout is torch.strided
-        and g.dtype == kind.gradient
-        and g.device == kind.device
-        and g.is_contiguous()
-        for g in gradient
-    )
-
-
-@dataclass(frozen=True)
-class Options:
-    """The present hyperparameters, one entry a parameter group.
-
-    Args:
-        beta_1: decay of m.
-        lr: η.
-        weight_decay: λ.
-        sign: -1 where the loss is climbed.
-        unscale: 1/scale of a GradScaler, 0-d, or ``None``.
-    """
-
-    beta_1: Sequence[float]
-    lr: Sequence[float | Tensor]
-    weight_decay: Sequence[float]
-    sign: Sequence[float]
-    unscale: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -108,21 +36,6 @@ class Taken:
 
     table: Tensor
     finite: Tensor
-
-
-@dataclass(frozen=True)
-class Settled:
-    """What a step predicted, 0-d each; NaN for a skipped step.
-
-    Args:
-        predicted: P.
-        step_norm: ‖ηu‖₂, ``None`` where only P was formed.
-        inside: the fraction of elements inside the box, likewise.
-    """
-
-    predicted: Tensor
-    step_norm: Tensor | None = None
-    inside: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -193,6 +106,9 @@ class TwoPass:
         self._bound: _Bound | None = None
         self.taken: Taken | None = None
         """The last step, until it is settled."""
+
+    #: Whether a step's prediction is known as soon as it is taken.
+    at_once = False
 
     def step_(
         self,
@@ -329,7 +245,7 @@ class TwoPass:
         columns = zip(options.sign, options.beta_1, options.lr, options.weight_decay, strict=True)
         # Where corrections and what is kept will stand, the logarithms and λ that they are formed from.
         host = [
-            [s, 1.0 - b, b_2, 1.0 - b_2, _log(b), _log(b_2), 0.0, 0.0, eps, _number(eta), decay, 0.0]
+            [s, 1.0 - b, b_2, 1.0 - b_2, log(b), log(b_2), 0.0, 0.0, eps, _number(eta), decay, 0.0]
             for s, b, eta, decay in columns
         ]
         groups = _on_device(host, dtype, device)
@@ -344,22 +260,6 @@ class TwoPass:
         seen = (counts + 1.0).to(dtype).t()
         corrections.copy_(-1.0 / torch.expm1(seen * corrections))
         return table
-
-
-def classes(x: Tensors) -> tuple[list[int], list[int]]:
-    """The class of every tensor, and the parameter group of every class.
-
-    Tensors of one group whose moments have taken in equally many gradients have all their numbers in common, and do
-    from then on, since a step of this kind has a gradient for each. Waits for the device, when a layout is made.
-    """
-    counts = torch.stack([*x.steps, *x.count]).view(2, -1).t().tolist()
-    keys = [(group, *seen) for group, seen in zip(x.group, counts, strict=True)]
-    order = list(dict.fromkeys(keys))
-    return [order.index(key) for key in keys], [key[0] for key in order]
-
-
-def _log(beta: float) -> float:
-    return math.log(beta) if beta > 0.0 else float("-inf")
 
 
 def _number(eta: float | Tensor) -> float:

@@ -15,12 +15,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvature import EmpiricalFisherDiagonal
 from optimizers import SOAA, Adam, AdamW, SecondOrder
-from optimizers.compiled import kernels
+from optimizers.compiled import elementwise_path, kernels, native, native_library
 from optimizers.compiled.rows import SMALLEST_LEAF, WIDTH, Layout
 from optimizers.step_paths import StepPaths
 from trust_region import RmsBox, SOAARadius, TrustRegion
 
 Make = Callable[[nn.Module, Any], SecondOrder]
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The passes of ``torch.compile``, which an accelerator uses."""
+    monkeypatch.setattr(elementwise_path, "serves", lambda kind: False)
+
+
+@pytest.fixture(params=["native", "torch.compile"])
+def passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both kinds of passes, one after the other."""
+    name: str = request.param
+    if name != "native":
+        monkeypatch.setattr(elementwise_path, "serves", lambda kind: False)
+    return name
 
 
 def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -112,6 +127,7 @@ def state_differs(a: SecondOrder, b: SecondOrder) -> float:
     return worst
 
 
+@pytest.mark.usefixtures("passes")
 @pytest.mark.parametrize("name", MAKES)
 def test_equals_the_general_step(name: str) -> None:
     models = [network(), network()]
@@ -131,6 +147,7 @@ def test_the_first_branch_is_live_somewhere_in_these_runs() -> None:
     assert any(0.0 < r["fisher_active_fraction"] < 1.0 for r in records)
 
 
+@pytest.mark.usefixtures("passes")
 def test_nobody_looking_changes_nothing() -> None:
     models = [network(), network()]
     optimizers = [MAKES["SOAA"](m, True) for m in models]
@@ -142,6 +159,7 @@ def test_nobody_looking_changes_nothing() -> None:
     assert seen[0] == pytest.approx(seen[1], rel=0.0, abs=0.0, nan_ok=True)
 
 
+@pytest.mark.usefixtures("passes")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_gradient_that_is_not_finite_changes_nothing_but_the_count(value: float) -> None:
     def spoil(t: int, model: nn.Module) -> None:
@@ -159,6 +177,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_count(value: floa
     assert records[1][-1]["skipped_steps"] == 2.0
 
 
+@pytest.mark.usefixtures("passes")
 @pytest.mark.parametrize("make", [AdamW, SOAA])
 def test_a_gradient_so_large_that_its_square_overflows_is_taken_and_poisons_nothing(make: Any) -> None:
     def enlarge(t: int, model: nn.Module) -> None:
@@ -175,6 +194,7 @@ def test_a_gradient_so_large_that_its_square_overflows_is_taken_and_poisons_noth
     torch.testing.assert_close(vector(models[1]), vector(models[0]), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("passes")
 def test_a_missing_gradient_goes_the_general_way_and_back() -> None:
     def drop(t: int, model: nn.Module) -> None:
         if t in (4, 5):
@@ -188,6 +208,7 @@ def test_a_missing_gradient_goes_the_general_way_and_back() -> None:
     assert state_differs(*optimizers) < 1e-11
 
 
+@pytest.mark.usefixtures("passes")
 def test_a_loss_that_is_not_finite_leaves_radius_and_prediction() -> None:
     models = [network(), network()]
     optimizers = [MAKES["SOAA"](m, c) for m, c in zip(models, (False, True), strict=True)]
@@ -201,6 +222,7 @@ def test_a_loss_that_is_not_finite_leaves_radius_and_prediction() -> None:
     assert state_differs(*optimizers) < 1e-11
 
 
+@pytest.mark.usefixtures("passes")
 @pytest.mark.parametrize("how", ["state_dict", "deepcopy", "torch.save"])
 def test_goes_on_bit_for_bit_from_a_checkpoint(how: str) -> None:
     model = network()
@@ -224,6 +246,7 @@ def test_goes_on_bit_for_bit_from_a_checkpoint(how: str) -> None:
     assert state_differs(optimizer, again) == 0.0
 
 
+@pytest.mark.usefixtures("passes")
 def test_a_checkpoint_passes_between_compiled_and_not() -> None:
     model = network()
     optimizer = MAKES["SOAA"](model, True)
@@ -236,6 +259,7 @@ def test_a_checkpoint_passes_between_compiled_and_not() -> None:
     torch.testing.assert_close(vector(model), vector(other), rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.usefixtures("passes")
 def test_a_group_added_and_a_parameter_moved_to_other_memory() -> None:
     models = [network(), network()]
     optimizers = []
@@ -252,6 +276,7 @@ def test_a_group_added_and_a_parameter_moved_to_other_memory() -> None:
     assert state_differs(*optimizers) < 1e-11
 
 
+@pytest.mark.usefixtures("passes")
 def test_a_grad_scaler_is_followed() -> None:
     models = [network(torch.float32), network(torch.float32)]
     optimizers = [MAKES["SOAA"](m, c) for m, c in zip(models, (False, True), strict=True)]
@@ -269,6 +294,7 @@ def test_a_grad_scaler_is_followed() -> None:
     assert optimizers[1].step_info.as_floats()["skipped_steps"] == 1.0
 
 
+@pytest.mark.usefixtures("passes")
 def test_bfloat16_parameters_keep_float32_state() -> None:
     models = [network(torch.bfloat16), network(torch.bfloat16)]
     optimizers = [MAKES["SOAA"](m, c) for m, c in zip(models, (False, True), strict=True)]
@@ -297,6 +323,7 @@ def gradients(model: nn.Module, seed: int) -> None:
         p.grad = torch.randn(p.shape, generator=g, dtype=p.dtype)
 
 
+@pytest.mark.usefixtures("passes")
 @pytest.mark.parametrize("name", ["SOAA", "AdamW", "SOAA, tensor lr"])
 def test_an_ordinary_step_reads_nothing_back(name: str) -> None:
     model = network()
@@ -313,6 +340,7 @@ def test_an_ordinary_step_reads_nothing_back(name: str) -> None:
     assert reads.count == 1  # the counter counts
 
 
+@pytest.mark.usefixtures("traced")
 def test_no_graph_break_and_no_recompilation_over_200_steps_of_one_cycle() -> None:
     model = network()
     optimizer = MAKES["SOAA"](model, True)
@@ -332,6 +360,7 @@ def test_no_graph_break_and_no_recompilation_over_200_steps_of_one_cycle() -> No
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+@pytest.mark.usefixtures("traced")
 def test_two_graphs_whatever_the_number_of_tensors_and_their_shapes() -> None:
     kind = kernels.Kind(torch.device("cpu"), torch.float32, torch.float32, torch.float32)
     kernels.kernels_of(kind).prepare("observe", "move_")
@@ -370,6 +399,7 @@ def test_leaves_cover_every_element_once(shapes: list[tuple[int, ...]]) -> None:
     assert [x.double().sum().item() for x in tensors] == [2.0 * w for w in wanted]
 
 
+@pytest.mark.usefixtures("traced")
 def test_the_compiler_failing_is_said_once_and_the_step_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any, **kwargs: Any) -> None:
         raise torch._dynamo.exc.TorchDynamoException("no compiler here")
@@ -392,3 +422,82 @@ def test_the_compiler_failing_is_said_once_and_the_step_is_taken(monkeypatch: py
 def test_compile_says_what_it_takes() -> None:
     with pytest.raises(ValueError, match="compile must be"):
         SOAA(network().parameters(), compile="always")
+
+
+SEVERAL = [(300, 70), (5,), (), (20_011,), (0, 3), (1 << 15,)]
+
+
+@pytest.mark.parametrize("kind", [(torch.float32, None), (torch.bfloat16, None), (torch.float64, None)])
+def test_native_passes_equal_the_traced_ones_in_every_precision(
+    kind: tuple[torch.dtype, None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dtype = kind[0]
+    found = []
+    for serves in (lambda k: True, lambda k: False):
+        monkeypatch.setattr(elementwise_path, "serves", serves)
+        g = torch.Generator().manual_seed(0)
+        params = [nn.Parameter(torch.randn(s, generator=g).to(dtype)) for s in SEVERAL]
+        optimizer = SOAA(params, lr=1e-2, total_steps=9, weight_decay=0.1, compile=True)
+        for t in range(6):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=g).to(dtype)
+            optimizer.step(loss=torch.tensor(5.0 - t))
+        found.append(torch.cat([p.detach().flatten() for p in params]))
+    tolerance = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float64: 1e-11}[dtype]
+    torch.testing.assert_close(*found, rtol=tolerance, atol=tolerance)
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    found = []
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            g = torch.Generator().manual_seed(0)
+            params = [nn.Parameter(torch.randn(s, generator=g)) for s in SEVERAL]
+            optimizer = SOAA(params, lr=1e-2, compile=True)
+            for t in range(4):
+                for p in params:
+                    p.grad = torch.randn(p.shape, generator=g)
+                optimizer.step(loss=torch.tensor(5.0 - t))
+            found.append(torch.cat([p.detach().flatten() for p in params]))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_a_native_step_is_seen_by_autograd() -> None:
+    p = nn.Parameter(torch.ones(4))
+    optimizer = SOAA([p], compile=True)
+    loss = (p * p).sum()
+    loss.backward(retain_graph=True)
+    optimizer.step(loss=loss.detach())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_without_a_native_compiler_the_traced_passes_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/nowhere/no-compiler")
+    native_library.library.cache_clear()
+    try:
+        kind = kernels.Kind(torch.device("cpu"), torch.float32, torch.float32, torch.float32)
+        assert not native.serves(kind)
+    finally:
+        monkeypatch.undo()
+        native_library.library.cache_clear()
+    assert native.serves(kind)
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("SOAA_CACHE", str(blocked / "below"))
+    native_library.library.cache_clear()
+    try:
+        assert native_library.library() is not None
+    finally:
+        monkeypatch.undo()
+        native_library.library.cache_clear()
