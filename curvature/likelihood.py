@@ -170,6 +170,7 @@ def sharpest_unit(likelihood: Likelihood, z: Tensor, axis: int | None) -> tuple[
     return unit, unit, p_k * (1 - p_k)
 
 
+@torch.enable_grad()  # a step runs without a graph of its own, and its products are proven there too
 def depends_on_outputs(
     graph: LossGraph, likelihood: Likelihood, axis: int | None, c: Tensor, tolerance: float
 ) -> bool:
