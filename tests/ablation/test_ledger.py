@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 
 from optimizers.ablation import Ablation, AblationError, RunConfig, ablate
 from optimizers.ablation.executor import execute
-from optimizers.ablation.ledger import StudyLedger
+from optimizers.ablation.ledger import StudyLedger, again
 from optimizers.ablation.store import Store
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
@@ -88,6 +88,26 @@ def test_run_of_a_process_that_died_is_queued_again_and_counted_once(tmp_path: P
     assert len(_trials(url, TrialState.COMPLETE)) == 4
     assert len(_trials(url, TrialState.FAIL)) == 1
     assert len(_trials(url)) == 5
+
+
+def test_a_second_trial_of_a_finished_run_is_neither_made_nor_counted(tmp_path: Path, url: str) -> None:
+    """A process that was taken for dead ends its run after all: then the run's trial waits a second time."""
+    runs, store = ABLATION.runs(), Store(tmp_path / "a")
+    ledger = StudyLedger(url, "s", store, runs)
+    first = ledger.claim()
+    assert first is not None
+    _make(ledger, first)
+    (finished,) = _trials(url, TrialState.COMPLETE)
+    optuna.load_study(study_name="s", storage=url).add_trial(again(finished, 1))
+    claimed = []
+    while (config := ledger.claim()) is not None:
+        claimed.append(config.key)
+        _make(ledger, config)
+    ledger.close()
+    assert sorted([first.key, *claimed]) == sorted(run.key for run in runs)
+    states = {trial.number: trial.state for trial in _trials(url)}
+    assert list(states.values()).count(TrialState.COMPLETE) == 4
+    assert states[4] in (TrialState.PRUNED, TrialState.WAITING)  # the second: without a value
 
 
 def test_an_interrupt_gives_the_run_back_and_uses_up_no_retry(tmp_path: Path, url: str) -> None:
