@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import inspect
 import re
 import shutil
 import tomllib
@@ -11,9 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sphinx.ext.napoleon import GoogleDocstring
+from sphinx.util import logging
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
+    from sphinx.environment import BuildEnvironment
 
 HERE = Path(__file__).parent
 PROJECT = tomllib.loads((HERE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -163,9 +167,53 @@ def escape_mathematics(
             lines[number] = re.sub(r"(?<![\\*\w])\*(?=\w)(?![^*]*\*)", r"\*", escaped)
 
 
+# Everything that a package offers under its `__all__`, and modules that have none, by the names that they define.
+PUBLIC = (
+    "curvature",
+    "curvature.spectrum",
+    "curvature.testing",
+    "trust_region",
+    "optimizers",
+    "optimizers.ablation",
+    "optimizers.cost_model",
+    "optimizers.integrations",
+    "optimizers.telemetry",
+)
+
+
+def check_public_names(app: Sphinx, env: BuildEnvironment) -> None:
+    """Warn, which fails the build, of a public name that no page documents."""
+    documented = set(env.get_domain("py").objects)
+    for package in PUBLIC:
+        module = importlib.import_module(package)
+        own = [
+            name
+            for name, value in vars(module).items()
+            if not name.startswith("_")
+            and getattr(value, "__module__", None) == package
+            and (isinstance(value, type) or callable(value))
+        ]
+        for name in getattr(module, "__all__", own):
+            value = getattr(module, name)
+            defined = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
+            if not (
+                inspect.isclass(value) or inspect.isroutine(value)
+            ):  # data does not know where it was defined
+                known = any(
+                    d.split(".")[0] == package.split(".")[0] and d.endswith(f".{name}") for d in documented
+                )
+            else:
+                known = f"{package}.{name}" in documented or defined in documented
+            if not known:
+                logging.getLogger(__name__).warning(
+                    "%s.%s is public, and no page under docs/reference documents it", package, name
+                )
+
+
 def setup(app: Sphinx) -> None:
     """Entry point of Sphinx."""
     app.connect("autodoc-process-docstring", escape_mathematics)
+    app.connect("env-check-consistency", check_public_names)
     pack_inventories()
     GoogleDocstring._consume_inline_attribute = whole_attribute_docstring
     app.connect("build-finished", copy_mathjax)

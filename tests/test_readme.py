@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import optimizers
+from tests.docs.tables import readme_figures, readme_with_figures
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -62,3 +63,16 @@ def test_table_of_presets_lists_what_is_available() -> None:
     rows = {name.lower() for name in listed}
     unlisted = [name for name in optimizers.available()["optimizers"] if name.replace("-", "") not in rows]
     assert not unlisted, f"add these presets to the README's table: {unlisted}"
+
+
+def test_figures_are_those_of_the_benchmark() -> None:
+    remedy = "run python -m tests.docs.tables"
+    assert readme_with_figures(README) == README, remedy
+    assert len(re.findall(r"\d\.\d\d", readme_figures())) >= 12
+
+
+def test_no_measured_figure_stands_outside_of_the_generated_table() -> None:
+    prose = README.replace(readme_figures(), "")
+    prose = re.sub(r"^```.*?^```", "", prose, flags=re.DOTALL | re.MULTILINE)  # code
+    prose = re.sub(r"arXiv[: ]\d{4}\.\d{5}|version \d\.\d|Python \d\.\d+|abs/\d{4}\.\d{5}", "", prose)
+    assert not re.findall(r"\d+\.\d+|\d+ ?%|\d+x\b", prose)

@@ -33,7 +33,7 @@ kept.set_yscale("symlog", linthresh=1.0)
 kept.set_ylim(bottom=0)
 kept.set_ylabel("bytes of state a parameter")
 sent.set_yscale("log")
-sent.set_ylabel("bytes that a rank of 64 sends a step, a parameter")
+sent.set_ylabel("bytes sent a step, a parameter")
 for axes in (kept, sent):
     axes.set_xscale("log")
     axes.set_xlabel("parameters")

@@ -99,6 +99,42 @@ TABLES: dict[str, Callable[[], Rows]] = {
 }
 
 
+README = DOCS.parent / "README.md"
+README_MODELS = ("mlp-1.3M", "gpt2-12.7M", "flat-50M")
+README_STEPS = (
+    "torch AdamW fused",
+    "torch AdamW foreach",
+    "AdamW composed, compiled",
+    "SOAA compiled",
+    "SOAA eager",
+)
+README_MARKS = ("<!-- step cost -->\n", "<!-- step cost end -->")
+
+
+def readme_figures() -> str:
+    """The README's table, in Markdown."""
+    found = measured("step_cost")
+    models = {name: found["models"][name] for name in README_MODELS}
+    head = [
+        f"{x['parameters'] / 1e6:.1f} M in {x['tensors']} tensor{'s' if x['tensors'] > 1 else ''}"
+        for x in models.values()
+    ]
+    lines = [["step", *head], ["---"] * (1 + len(head))]
+    for step in README_STEPS:
+        cells = [f"{x['contenders'][step]['ratio']:.2f}" for x in models.values()]
+        lines.append([step, *cells])
+    machine = found["machine"]
+    note = f"torch {machine['torch']}, {machine['threads']} threads, {machine['device']}; medians.\n"
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n" + note
+
+
+def readme_with_figures(text: str) -> str:
+    """The README with its table as it should be."""
+    before, rest = text.split(README_MARKS[0])
+    _, after = rest.split(README_MARKS[1])
+    return before + README_MARKS[0] + readme_figures() + README_MARKS[1] + after
+
+
 def written(rows: Rows) -> str:
     stream = io.StringIO()
     csv.writer(stream, lineterminator="\n").writerows(rows)
@@ -108,6 +144,7 @@ def written(rows: Rows) -> str:
 def main() -> None:
     for path, make in TABLES.items():
         (DOCS / path).write_text(written(make()), encoding="utf-8")
+    README.write_text(readme_with_figures(README.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":
