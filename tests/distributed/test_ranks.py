@@ -27,6 +27,20 @@ def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
     spawn(2, [*SAME, "data_parallel.presets_equal_one_process", *refusals], tmp_path)
 
 
+PRACTICE = [
+    "practice.accumulation_without_a_sync",
+    "practice.clipping",
+    "practice.scaler_skips_on_all_ranks",
+    "practice.hybrid_shards",
+    "practice.shards_in_bfloat16",
+]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_in_practice(world: int, tmp_path: Path) -> None:
+    spawn(world, PRACTICE, tmp_path)
+
+
 def test_four_ranks_equal_one_process(tmp_path: Path) -> None:
     spawn(4, SAME, tmp_path)
 

@@ -15,6 +15,7 @@ import torch
 
 from optimizers import SOAA, SecondOrder, build
 from optimizers.integrations import AccelerateHook, SecondOrderModule, TrainerHook
+from tests.distributed.processes import spawn
 
 pytestmark = pytest.mark.trainers
 ROOT = Path(__file__).parents[2]
@@ -254,6 +255,12 @@ def test_trainer_resumes_from_its_checkpoint_bit_for_bit(tmp_path: Path) -> None
     assert resumed.state.global_step == 6
     for p, q in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+@pytest.mark.dist
+def test_accelerate_over_two_ranks_equals_one_process(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    spawn(2, ["tests.integrations.ranks.accelerate_equals_one_process"], tmp_path)
 
 
 def test_accelerate_says_what_it_lacks() -> None:
