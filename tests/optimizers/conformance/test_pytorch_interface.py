@@ -46,17 +46,16 @@ class TestOptimInterface(TestCase):
     @optims(DB)
     def test_flags_of_torch(self, device: str, dtype: torch.dtype, optim_info: OptimizerInfo) -> None:
         """What asks for the step's own way changes nothing; another way is refused, with what to do instead."""
-        for flag, own, other in FLAGS:
-            for value in (None, own):
-                model, plain = Affine(dtype, device=device), Affine(dtype, device=device)
-                optimizer, reference = (
-                    optim_info.optim_cls(model, **{flag: value}),
-                    optim_info.optim_cls(plain),
-                )
-                self.assertEqual(set(optimizer.defaults), set(reference.defaults))
-                steps(model, optimizer, 2)
-                steps(plain, reference, 2)
-                self.assertEqual(numbers(model), numbers(plain), rtol=0, atol=0)
+        plain = Affine(dtype, device=device)
+        reference = optim_info.optim_cls(plain)
+        steps(plain, reference, 2)
+        for value in (0, 1):
+            model = Affine(dtype, device=device)
+            optimizer = optim_info.optim_cls(model, **{flag: (None, own)[value] for flag, own, _ in FLAGS})
+            self.assertEqual(set(optimizer.defaults), set(reference.defaults))
+            steps(model, optimizer, 2)
+            self.assertEqual(numbers(model), numbers(plain), rtol=0, atol=0)
+        for flag, _, other in FLAGS:
             with self.assertRaisesRegex(ValueError, f"^{flag}={other} is not supported: .* (leave|use) "):
                 optim_info.optim_cls(Affine(device=device), **{flag: other})
             with self.assertRaisesRegex(ValueError, f"^{flag} must be a bool or None, got 'yes'"):
@@ -326,9 +325,10 @@ class TestOptimInterface(TestCase):
         model = Affine(dtype, device=device)
         optimizer = optim_info.optim_cls(model)
         name = type(optimizer).__name__
-        for m, o in ((model, optimizer), copy.deepcopy((model, optimizer))):
+        for o in (optimizer, copy.deepcopy((model, optimizer))[1]):
             with profile(activities=[ProfilerActivity.CPU]) as record:
-                steps(m, o, 1)
+                o.zero_grad()
+                o.step(lambda: None)  # without gradients: a step that is recorded, and no other work
             events = {event.key for event in record.key_averages()}
             self.assertIn(f"Optimizer.step#{name}.step", events)
             self.assertIn(f"Optimizer.zero_grad#{name}.zero_grad", events)
