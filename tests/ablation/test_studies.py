@@ -13,6 +13,7 @@ from torch import nn
 from optimizers.ablation import Cell, RunConfig, adapter, read_study
 from optimizers.ablation.config_file import find, read_config, studies
 from optimizers.ablation.data import FASHION_MNIST, MNIST, locate
+from optimizers.ablation.intervals import FEWEST
 from optimizers.ablation.protocol import dimensions, samples
 from optimizers.ablation.run import check, train
 
@@ -59,6 +60,16 @@ def test_the_study_has_every_workload_and_method_that_was_asked_for() -> None:
     assert wanted | {"soaa"} <= names
     assert set(CONTROLS) <= {cell.label for cell in found[0].all_cells()} | {"AdamW"}
     assert not any(dict(cell.options).get("weight_decay") for cell in found[0].all_cells())
+
+
+def test_the_study_that_is_reported_cuts_budgets_and_no_cell() -> None:
+    reported = read_study(Path(__file__).parents[2] / "docs" / "results" / "study" / "reduced.toml")
+    shipped = [cell.label for cell in read_study("study")[0].all_cells()]
+    for ablation in reported:
+        assert [cell.label for cell in ablation.all_cells()] == shipped
+        assert len(ablation.seed_list) >= FEWEST
+        # one number is searched for each, so that as many trials are as dense for all
+        assert all(cell.replay or len(dimensions(ablation, cell)) == 1 for cell in ablation.all_cells())
 
 
 @needs_data
