@@ -251,7 +251,7 @@ def cost(
     ranks: int = 1,
     sharded: bool = False,
     products: float = 10.0,
-    parameter_bytes: int = FLOAT,
+    parameter_bytes: int = 4,
 ) -> Cost:
     """Return what a preset with its default options costs one rank.
 
