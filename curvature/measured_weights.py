@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,9 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from curvature.problem import Problem
+
+#: Elements of outputs and targets that a vectorised loss is given at a time.
+SAMPLE_ELEMENTS = 1 << 22
 
 REMEDY = "pass weight_fn(target), the total weight of a batch (unmasked tokens, or the sum of class weights)"
 
@@ -226,26 +230,21 @@ def per_sample(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, target: Any)
     tolerance = tolerance_of(z)
     value, gradients = value_and_gradient(loss_fn, z, target)
     count = batch_size([target, *gradients])
-    weights = []
-    rest = value
+    found = every_sample_at_once(loss_fn, z, target, count) or sample_by_sample(loss_fn, z, target, count)
+    weights, owns = sample_ratios(gradients, *found, tolerance)
+    rest = float(value)
     silent = unseen = False
-    for n in range(count):
-        own, own_gradients = value_and_gradient(loss_fn, leaf_copy(rows(z, n, count)), rows(target, n, count))
-        try:
-            c = ratio([g[n : n + 1] for g in gradients], own_gradients, tolerance)
-        except ValueError as error:
-            raise refuse_samples() from error
+    for n, (c, own) in enumerate(zip(weights, owns, strict=True)):
         if math.isnan(c):
-            unseen = unseen or bool(torch.isfinite(own))
-            silent = silent or (bool(torch.isfinite(own)) and float(own) != 0)
-            c = 0.0
+            unseen = unseen or math.isfinite(own)
+            silent = silent or (math.isfinite(own) and own != 0)
+            weights[n] = 0.0
             if any(bool((g[n] != 0).any()) for g in gradients):
                 raise refuse_samples()
-        weights.append(c)
-        if c != 0.0:
-            rest = rest - c * own
+        elif c != 0.0:
+            rest -= c * own
     scale = 10 * tolerance * (float(value.abs()) + sum(abs(c) for c in weights))
-    if not silent and abs(float(rest)) > max(scale, 1e-30) * math.sqrt(count):
+    if not silent and abs(rest) > max(scale, 1e-30) * math.sqrt(count):
         raise refuse_samples()
     # A mean's weights sum to 1, a sum's are 1: a factor that depends on the outputs (a squared loss) does
     # neither.
@@ -254,6 +253,63 @@ def per_sample(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, target: Any)
     if not (mean or all(c == 0 or abs(c - 1) <= near for c in weights)):
         raise refuse_samples()
     return torch.tensor(weights, dtype=torch.float64)
+
+
+def sample_by_sample(
+    loss_fn: Callable[[Any, Any], Tensor], z: Any, target: Any, count: int
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss of every sample as a batch of one, (N,), and its gradients by the sample's outputs, (N, …)."""
+    found = [
+        value_and_gradient(loss_fn, leaf_copy(rows(z, n, count)), rows(target, n, count))
+        for n in range(count)
+    ]
+    stacked = [torch.cat(parts) for parts in zip(*(gradients for _, gradients in found), strict=True)]
+    return torch.stack([own.reshape(()) for own, _ in found]), stacked
+
+
+def every_sample_at_once(
+    loss_fn: Callable[[Any, Any], Tensor], z: Any, target: Any, count: int
+) -> tuple[Tensor, list[Tensor]] | None:
+    """As :func:`sample_by_sample`, vectorised; ``None`` for a loss that cannot be (it reads values, or draws)."""
+    given = [x for x in leaves([z, target]) if x.dim() > 0 and x.shape[0] == count]
+    moving = {id(x): i for i, x in enumerate(given)}
+    inputs = [moving.get(id(x)) for x in leaves(z) if x.requires_grad]
+    if None in inputs or len(moving) != len(given):
+        return None
+    wanted = tuple(i for i in inputs if i is not None)
+
+    def one(*own: Tensor) -> Tensor:
+        def part(x: Any) -> Any:
+            i = moving.get(id(x))
+            return x if i is None else own[i].unsqueeze(0)
+
+        return loss_fn(tree_map(part, z), tree_map(part, target)).reshape(())
+
+    step = max(1, SAMPLE_ELEMENTS * count // max(1, sum(x.numel() for x in given)))
+    try:
+        both = torch.func.vmap(torch.func.grad_and_value(one, argnums=wanted), chunk_size=min(step, count))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # vmap warns where it loops
+            gradients, values = both(*(x.detach() for x in given))
+    except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, IndexError, KeyError):
+        return None
+    return values.detach().to(torch.float64), [g.detach().to(torch.float64) for g in gradients]
+
+
+def sample_ratios(
+    batch: Sequence[Tensor], values: Tensor, own: Sequence[Tensor], tolerance: float
+) -> tuple[list[float], list[float]]:
+    """Every sample's :func:`ratio`, and the values of their own losses, on the host in one transfer."""
+    x, y = (torch.cat([g.reshape(len(values), -1) for g in side], 1) for side in (batch, own))
+    square = (y * y).sum(1)
+    r = (x * y).sum(1) / square
+    error = (x - r.unsqueeze(1) * y).abs().amax(1)
+    allowed = tolerance * r.abs().clamp(min=1e-30) * y.abs().amax(1)
+    known = (square > 0) & (square < math.inf)
+    if bool((known & ~(error <= allowed)).any()):
+        raise refuse_samples()
+    found: list[list[float]] = torch.stack([torch.where(known, r, math.nan), values.reshape(-1)]).tolist()
+    return found[0], found[1]
 
 
 def refuse_samples() -> ValueError:

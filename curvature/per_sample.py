@@ -89,8 +89,8 @@ class PerSample:
                 alone = [()] * len(calls)
             names = {
                 k: position[id(p)]
-                for k, p in modules[name].named_parameters(recurse=False)
-                if id(p) in position
+                for k, p in modules[name]._parameters.items()
+                if p is not None and id(p) in position
             }
             for call, shape in zip(calls, alone, strict=True):
                 if not names:

@@ -172,6 +172,33 @@ def test_measured_sample_weights_equal_known_ones(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_samples_measured_at_once_equal_those_measured_one_by_one(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, loss_fn, x, y = CASES[name]
+    z = measured_weights.leaf_copy(model(x))
+    values, gradients = measured_weights.sample_by_sample(loss_fn, z, y, N)
+    for elements in (1 << 22, 20):  # 20: in chunks
+        monkeypatch.setattr(measured_weights, "SAMPLE_ELEMENTS", elements)
+        found = measured_weights.every_sample_at_once(loss_fn, z, y, N)
+        assert found is not None
+        torch.testing.assert_close(found[0], values, rtol=1e-12, atol=1e-14, equal_nan=True)
+        for a, b in zip(found[1], gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14, equal_nan=True)
+
+
+def test_a_loss_that_reads_its_values_is_measured_sample_by_sample() -> None:
+    def reads(outputs: Tensor, target: Tensor) -> Tensor:
+        assert float(outputs.detach().abs().sum()) >= 0
+        return F.cross_entropy(outputs, target, weight=WEIGHT)
+
+    model, _, x, y = CASES["class weights"]
+    assert measured_weights.every_sample_at_once(reads, measured_weights.leaf_copy(model(x)), y, N) is None
+    known = loss_weights.sample_weights(nn.CrossEntropyLoss(weight=WEIGHT), model(x), y)
+    torch.testing.assert_close(loss_weights.sample_weights(reads, model(x), y), known, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_sample_weights_times_own_gradients_give_the_batch_gradient(name: str) -> None:
     model, loss_fn, x, y = CASES[name]
     params = dense.trainable(model)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -47,16 +49,25 @@ def test_sampled_fisher_approaches_the_exact_one_as_the_root_of_the_samples(name
     case, z, c = units(name)
     model, loss_fn, x, y = case
     exact = dense.fisher(z, c, dense.trainable(model), LIKELIHOODS[name])
-    errors = {}
-    for samples in (100, 1600):
-        found = [
-            estimate(Fisher(LIKELIHOODS[name], samples=samples, seed=s), model, loss_fn, [(x, y)]).to_dense()  # type: ignore[arg-type]
-            for s in range(3)
+    params = dense.trainable(model)
+    v = torch.randn(len(exact), generator=cases.generator(7), dtype=exact.dtype)
+    counts = (8, 32, 128, 512)
+    errors = []
+    for samples in counts:
+        products = [
+            estimate(Fisher(LIKELIHOODS[name], samples=samples, seed=s), model, loss_fn, [(x, y)]).matvec(  # type: ignore[arg-type]
+                dense.split(v, params)
+            )
+            for s in range(4)
         ]
-        errors[samples] = sum(float((F - exact).norm() / exact.norm()) for F in found) / 3
-    # 16 times the samples: a quarter of the error; 3 seeds each, so a factor of 1.6 either way.
-    assert errors[1600] < 0.1
-    assert 4 / 1.6 < errors[100] / errors[1600] < 4 * 1.6
+        squares = [float((dense.flat(Fv) - exact @ v).square().sum()) for Fv in products]
+        errors.append(sum(squares) / 4 / float((exact @ v).square().sum()))
+    assert errors[-1] ** 0.5 < 0.2
+    # The slope of log error² over log samples is -1. Seeds 0 to 3 a count: each mean of four squares is off by about
+    # 0.5 in its logarithm, so the slope over four counts, a factor of 4 apart, by about 0.16.
+    logs = torch.tensor([math.log(e) for e in errors]), torch.tensor([math.log(k) for k in counts])
+    slope = float(torch.cov(torch.stack(logs))[0, 1] / logs[1].var())
+    assert -1.4 < slope < -0.6
 
 
 @pytest.mark.parametrize("name", ["classification", "tied", "regression", "binary"])
@@ -167,7 +178,9 @@ def test_split_of_an_empirical_fisher_equals_one_batch(name: str) -> None:
     weight = torch.tensor([0.2, 1.0, 3.0, 0.0], dtype=torch.float64)
 
     def weight_fn(target: Tensor) -> Tensor:
-        return (target != -100).sum() if name == "tied" else weight[torch.where(target == -100, 3, target)].sum()
+        return (
+            (target != -100).sum() if name == "tied" else weight[torch.where(target == -100, 3, target)].sum()
+        )
 
     batches = [(x[a:b], y[a:b]) for a, b in ((0, 1), (1, len(x)))]
     F = estimate(EmpiricalFisher(), model, loss_fn, batches, weight_fn=weight_fn)
