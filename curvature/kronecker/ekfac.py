@@ -117,12 +117,12 @@ class EKFAC(KroneckerEstimator):
     def _look(self, state: State, graph: LossGraph, own_weights: Tensor | None) -> Statistics:
         return super()._measure(state, graph, own_weights)
 
-    def update(self, state: State, seen: Observation) -> None:
+    def _learn(self, state: State, seen: Observation) -> None:
         """K-FAC's update; then a block's first S is formed in its first basis, over all parts and ranks."""
         parts = cast(Parts, state.get(TRANSIENT, Parts()))
         layout = self._layout_of(state, seen)
         new = self._new(state, layout)
-        super().update(state, seen)
+        super()._learn(state, seen)
         if parts.held is None or not seen.statistics:
             return
         known = {b.root for b in self._known(state, layout)}

@@ -219,6 +219,11 @@ class KroneckerEstimator(Estimator):
         return self._measure(state, graph, None)
 
     def _measure(self, state: State, graph: LossGraph, own_weights: Tensor | None) -> Statistics:
+        """Under autocast too, sums of products are formed in the precision of the state."""
+        with torch.autocast(graph.loss.device.type, enabled=False):
+            return self._measured(state, graph, own_weights)
+
+    def _measured(self, state: State, graph: LossGraph, own_weights: Tensor | None) -> Statistics:
         layout, params = self._layout(graph.params), graph.params
         recorder = self._live.recorder
         assert recorder is not None
@@ -351,6 +356,10 @@ class KroneckerEstimator(Estimator):
 
     def update(self, state: State, seen: Observation) -> None:
         """Take factors into their running means, and refresh the eigenbases whose turn it is."""
+        with torch.autocast(cast("list[Tensor]", state["count"])[0].device.type, enabled=False):
+            self._learn(state, seen)
+
+    def _learn(self, state: State, seen: Observation) -> None:
         layout = self._layout_of(state, seen)
         step = cast(int, state["step"])
         new: set[int] = set()

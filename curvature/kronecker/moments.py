@@ -273,4 +273,4 @@ def _add_one_hot_(into: Tensor, g: Tensor, index: Tensor) -> None:
     kept = index >= 0
     pairs, place = torch.unique((sample * vocabulary + index)[kept], return_inverse=True)
     sums = g.new_zeros(pairs.shape[0], g.shape[-1]).index_add_(0, place, g[kept])
-    into[0].index_add_(1, pairs % vocabulary, sums.square_().mT)
+    into[0].index_add_(1, pairs % vocabulary, sums.to(into.dtype).square_().mT)

@@ -166,3 +166,43 @@ def test_nearest_product_is_the_leading_singular_pair() -> None:
     assert dense.relative_error(torch.kron(G0[0], A0[0]), torch.eye(4)) < 1e-12
     G0, A0 = nearest_product((zero, zero), (zero, one))
     assert not torch.kron(G0[0], A0[0]).any()
+
+
+def test_a_tied_block_may_be_further_from_gauss_newton_than_the_diagonal() -> None:
+    """Stated in the reference: many classes, few samples, positions that mix; three seeds of each kind.
+
+    The sum of two products, and what both uses share, is then far from any one product.
+    """
+
+    class Mixing(nn.Module):
+        def __init__(self, classes: int, size: int, scale: float, mixes: bool) -> None:
+            super().__init__()
+            self.embed, self.head, self.mixes = (
+                nn.Embedding(classes, size),
+                nn.Linear(size, classes, bias=False),
+                mixes,
+            )
+            self.head.weight = self.embed.weight
+            nn.init.normal_(self.embed.weight, std=scale)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            h = self.embed(tokens)
+            return self.head(torch.tanh(torch.tanh(h.cumsum(1)) if self.mixes else h))
+
+    def loss_fn(z: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(z.flatten(0, 1), y.flatten())
+
+    def further(classes: int, size: int, scale: float, mixes: bool) -> int:
+        count = 0
+        for seed in range(3):
+            torch.manual_seed(seed)
+            model = Mixing(classes, size, scale, mixes)
+            tokens, labels = torch.randint(0, classes, (2, 4, 3))
+            z = model(tokens)
+            GN = dense.gauss_newton(loss_fn(z, labels), z, dense.trainable(model))
+            B = estimate(KFAC(model), model, loss_fn, [(tokens, labels)]).to_dense()
+            count += bool((B - GN).norm() > (torch.diag(GN.diagonal()) - GN).norm())
+        return count
+
+    assert further(12, 4, 1.0, True) >= 2
+    assert further(6, 3, 0.2, False) == 0
