@@ -24,7 +24,10 @@ class KFAC(KroneckerEstimator):
 
     The approximation to choose when matrices dominate the model: it holds the correlations between a layer's
     parameters at the cost of two small matrices. It *equals* the Gauss-Newton block for a deep linear network with
-    squared loss, for one sample without weight sharing, and in the settings of ``sharing``.
+    squared loss, for one sample without weight sharing, and in the settings of ``sharing``. It need not be nearer to
+    Gauss-Newton than the diagonal everywhere: the block of an embedding tied to the head is one product for a sum of
+    two, which with many classes, few samples and positions that mix is further off than the diagonal; name the head in
+    ``exclude`` there.
 
     Args:
         model: the model whose layers are observed, by hooks that vanish with this estimator.
