@@ -41,6 +41,8 @@ OPTIONS = (
     "maximize",
     "compile",
     "process_group",
+    "state_dtype",
+    "rounding_seed",
     "foreach",
     "fused",
     "capturable",

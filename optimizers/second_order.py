@@ -19,6 +19,7 @@ from optimizers.checks import FLAGS, check_flags, check_group, check_unmoved, si
 from optimizers.distributed import ALONE, Ranks, check_shardable, find_ranks
 from optimizers.momentum import Momentum, RunningMean
 from optimizers.pending import Pending
+from optimizers.rounding import check_state_dtype, key_of, narrowed, put_back, widened
 from optimizers.scaling import GradScale
 from optimizers.sharding import local, stored
 from optimizers.step_info import StepInfo
@@ -27,6 +28,9 @@ from trust_region import Proposal, TrustRegion, Verdict
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+NARROWING = ("state_dtype", "rounding_seed")
 
 
 class SecondOrder(torch.optim.Optimizer):
@@ -41,11 +45,16 @@ class SecondOrder(torch.optim.Optimizer):
             :class:`optimizers.momentum.Momentum`; 0 keeps none.
         weight_decay: λ >= 0, decoupled: θ ← θ - ηλθ.
         maximize: climb in place of descending; for curvature that needs only gradients.
-        compile: ``True`` takes the step in kernels by ``torch.compile``, for compositions whose step is one formula an
-            element (SOAA, Adam, AdamW; another is refused); ``"auto"`` does so on an accelerator, where it can, and
-            says once where no compiler works; ``False`` never. Without: foreach calls, on a CPU block by block.
+        compile: ``True`` takes the step in compiled kernels, for compositions whose signals are gradients (another is
+            refused with the reason): fused passes for SOAA, Adam and AdamW, one graph over all tensors for the rest;
+            ``"auto"`` does so on an accelerator, where it can, and says once where no compiler works; ``False`` never.
+            Without: foreach calls, on a CPU block by block.
         process_group: the data-parallel ranks over which losses and statistics are averaged: ``"auto"`` is the default
             group where ``torch.distributed`` is initialised, ``None`` nobody. Sharded parameters know theirs.
+        state_dtype: ``torch.bfloat16`` keeps momentum and all state that is shaped like the parameters in half the
+            bytes, rounded up or down at random (``optimizers/rounding.py``), where only gradients are needed; ``None``
+            keeps float32 or wider.
+        rounding_seed: of that rounding; every optimizer has its own.
         **flags: ``foreach``, ``fused``, ``capturable``, ``differentiable``, for scripts that pass them everywhere: what
             asks for the step's own way is taken, what asks for another is refused.
 
@@ -80,6 +89,8 @@ class SecondOrder(torch.optim.Optimizer):
         maximize: bool = False,
         compile: Compile = "auto",  # noqa: A002
         process_group: ProcessGroup | Literal["auto"] | None = "auto",
+        state_dtype: torch.dtype | None = None,
+        rounding_seed: int = 0,
         **flags: Any,
     ) -> None:
         unknown = sorted(flags.keys() - FLAGS.keys())
@@ -90,6 +101,8 @@ class SecondOrder(torch.optim.Optimizer):
         self.trust_region = TrustRegion() if trust_region is None else trust_region
         self.momentum: Momentum = RunningMean(momentum) if isinstance(momentum, (int, float)) else momentum
         check_compile(compile, self._composition())
+        check_state_dtype(state_dtype, self._composition())
+        self.state_dtype, self.rounding_seed = state_dtype, int(rounding_seed)
         self.compile = compile
         self.process_group = process_group
         self.needs: Needs = self.curvature.needs | self.trust_region.needs
@@ -148,6 +161,8 @@ class SecondOrder(torch.optim.Optimizer):
             self.state,
             self._curvature_state,
             self._region_state,
+            self.state_dtype,
+            self.rounding_seed,
         )
 
     def _composition(self, ranks: Ranks = ALONE) -> core.Composition:
@@ -170,16 +185,18 @@ class SecondOrder(torch.optim.Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
+        held = self._held()
         for p, shard in zip(params[kept:], shards[kept:], strict=True):
             entries = self.state[p]
             entries["step"] = vectors.scalar_like([shard])
             if self.param_groups[-1]["momentum"] != 0.0:
-                entries["momentum"] = stored(p, vectors.zeros_like([shard])[0])
+                entries["momentum"] = stored(p, held.fresh(shard))
             if getattr(self.curvature, "tracks_steps", False):
                 entries["step_change"] = stored(p, vectors.zeros_like([shard])[0])
         first = self.state[params[0]]
         first.setdefault("skipped_steps", vectors.scalar_like(shards))
-        curvature, region = self.curvature.init(shards), self.trust_region.init(shards, self.curvature)
+        fresh = self.curvature.init(shards), self.trust_region.init(shards, self.curvature)
+        curvature, region = (narrowed(state, shards, self.state_dtype) for state in fresh)
         self._curvature_state = state_layout.extend(self._curvature_state, curvature, kept)
         self._region_state = state_layout.extend(self._region_state, region, kept)
         self._built_for = [(p.dtype, p.device) for p in params]
@@ -199,7 +216,7 @@ class SecondOrder(torch.optim.Optimizer):
         """The three choices travel with the state, so that deepcopy and pickle keep them."""
         self._paths.settle()
         held: dict[str, Any] = super().__getstate__()
-        for name in ("curvature", "trust_region", "momentum", "compile", "needs", "_built_for"):
+        for name in ("curvature", "trust_region", "momentum", "compile", "needs", "_built_for", *NARROWING):
             held[name] = getattr(self, name)
         # A process group belongs to its process; the copy finds its own.
         held["process_group"] = self.process_group if self.process_group in ("auto", None) else "auto"
@@ -219,6 +236,8 @@ class SecondOrder(torch.optim.Optimizer):
             return
         self.__dict__.setdefault("compile", "auto")
         self.__dict__.setdefault("process_group", "auto")
+        self.__dict__.setdefault("state_dtype", None)
+        self.__dict__.setdefault("rounding_seed", 0)
         self._set_transients()
         self.__dict__.setdefault("_built_for", [(p.dtype, p.device) for p in self._params])
         attach = getattr(self.curvature, "attach", None)
@@ -423,12 +442,18 @@ class SecondOrder(torch.optim.Optimizer):
             self._skip(loss)
             return
         ranks.mean_statistics_(self._pending.statistics)
+        held = self._held()
+        wide = widened(held)
+        key = None if wide is held else key_of(self.rounding_seed, held.steps[0])
         with ranks.whole():
-            self._move(closure, gradient, loss, before, ranks)
+            self._move(wide, closure, gradient, loss, before, ranks)
+        if key is not None:
+            put_back(held, wide, key)
         self._scatter()
 
     def _move(
         self,
+        held: Held,
         closure: Callable[[], Any] | None,
         gradient: Sequence[Tensor | None],
         loss: Tensor | None,
@@ -436,7 +461,6 @@ class SecondOrder(torch.optim.Optimizer):
         ranks: Ranks,
     ) -> None:
         """Refresh the curvature, propose, and move (or try)."""
-        held = self._held()
         composition = self._composition(ranks)
         taken = self._paths.blocked(held, gradient)
         if taken is not None:
@@ -452,7 +476,7 @@ class SecondOrder(torch.optim.Optimizer):
             step_change=self._step_change(),
             gradient_at=self._gradient_at(closure, before),
         )
-        operator = core.refreshed(composition, seen, self._curvature_state)
+        operator = core.refreshed(composition, seen, held.curvature_state)
         taken = self._paths.diagonal(held, operator, gradient, ranks)
         if taken is not None:
             self._record(loss, taken, None, None)
@@ -466,7 +490,7 @@ class SecondOrder(torch.optim.Optimizer):
             betas,
             params,
         )
-        proposal = core.propose(composition, operator, seen, self._region_state, averaged, lr)
+        proposal = core.propose(composition, operator, seen, held.region_state, averaged, lr)
         actual: Tensor | None = None
         verdict: Verdict | None
         if self.needs.trial and self.trust_region.tries(self._region_state):

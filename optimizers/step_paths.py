@@ -27,9 +27,11 @@ from optimizers.compiled import graph
 from optimizers.compiled.elementwise_path import ElementwisePath
 from optimizers.compiled.graph_path import GraphPath
 from optimizers.compiled.kernels import compiler_failures
+from optimizers.compiled.native import serves
 from optimizers.compiled.tensors import Options, Tensors
 from optimizers.core import Composition
 from optimizers.distributed import Ranks, find_ranks
+from optimizers.rounding import NARROW
 from optimizers.scaling import GradScale
 from optimizers.sharding import local, stored
 from optimizers.step_info import StepInfo
@@ -50,6 +52,9 @@ class Held:
         state: of every parameter.
         curvature_state: of the estimator.
         region_state: of region and policy.
+        state_dtype: what state shaped like the parameters is kept in; ``None`` is float32 or wider.
+        seed: of the rounding into it.
+        buffers: the momentum's, where they are not those of ``state``.
     """
 
     params: list[Tensor]
@@ -58,6 +63,9 @@ class Held:
     state: MutableMapping[Any, dict[str, Any]]
     curvature_state: State
     region_state: State
+    state_dtype: torch.dtype | None = None
+    seed: int = 0
+    buffers: list[Tensor] | None = None
 
     def each(self, name: str) -> list[Any]:
         """A hyperparameter of every parameter's group."""
@@ -76,12 +84,19 @@ class Held:
 
     def momentum_buffers(self) -> list[Tensor]:
         """The buffers, none where nothing is averaged; a schedule that raises the momentum from 0 creates them."""
+        if self.buffers is not None:
+            return self.buffers
         if all(group["momentum"] == 0.0 for group in self.groups):
             return []
         for p in self.params:
             if "momentum" not in self.state[p]:
-                self.state[p]["momentum"] = stored(p, vectors.zeros_like([local(p)])[0])
+                self.state[p]["momentum"] = stored(p, self.fresh(local(p)))
         return [local(self.state[p]["momentum"]) for p in self.params]
+
+    def fresh(self, shard: Tensor) -> Tensor:
+        """A buffer of zeros."""
+        [zeros] = vectors.zeros_like([shard])
+        return zeros if self.state_dtype is None else zeros.to(self.state_dtype)
 
 
 def check_compile(compiles: Compile, composition: Composition) -> None:
@@ -200,7 +215,7 @@ class StepPaths:
             return None
         self._path = self._built(held)
         if self._path is None and self._graph is None and graph.why_not(self.composition) is None:
-            self._graph = GraphPath(self.composition)
+            self._graph = GraphPath(self.composition, held.seed)
         path = self._graph if self._path is None else self._path
         self._refused = path is None
         return path
@@ -218,9 +233,9 @@ class StepPaths:
             [i for i, group in enumerate(held.groups) for _ in group["params"]],
         )
         kind = tensors.kind()
-        return (
-            None if kind is None else ElementwisePath(formula, self.composition.trust_region, tensors, kind)
-        )
+        if kind is None or (kind.state == NARROW and not serves(kind)):
+            return None
+        return ElementwisePath(formula, self.composition.trust_region, tensors, kind, held.seed)
 
     # -- on a CPU without a compiler ------------------------------------------------------------------------------
 

@@ -40,10 +40,10 @@ class Open:
     info: StepInfo
 
 
-def passes_for(formula: Formula, trust_region: TrustRegion, kind: Kind) -> TwoPass | NativePasses:
+def passes_for(formula: Formula, trust_region: TrustRegion, kind: Kind, seed: int) -> TwoPass | NativePasses:
     """The passes for tensors of a kind: native on a CPU with a C++ compiler, else those of ``torch.compile``."""
     if serves(kind):
-        return NativePasses(formula, trust_region.radius)
+        return NativePasses(formula, trust_region.radius, seed)
     return TwoPass(formula, trust_region.radius)
 
 
@@ -55,12 +55,15 @@ class ElementwisePath:
         trust_region: whose policy adapts the radius.
         tensors: what it works on; another path is built where the state is replaced.
         kind: of those.
+        seed: of the rounding of state in bfloat16.
     """
 
-    def __init__(self, formula: Formula, trust_region: TrustRegion, tensors: Tensors, kind: Kind) -> None:
+    def __init__(
+        self, formula: Formula, trust_region: TrustRegion, tensors: Tensors, kind: Kind, seed: int = 0
+    ) -> None:
         self.trust_region = trust_region
         self.tensors, self.kind = tensors, kind
-        self.passes: TwoPass | NativePasses = passes_for(formula, trust_region, kind)
+        self.passes: TwoPass | NativePasses = passes_for(formula, trust_region, kind, seed)
         self._open: Open | None = None
 
     def takes(self, gradient: Sequence[Tensor | None]) -> bool:

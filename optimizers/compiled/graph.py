@@ -26,6 +26,7 @@ from curvature import vectors
 from curvature.protocols import TRANSIENT, CurvatureEstimator, Observation, State
 from optimizers import core, step_info
 from optimizers.core import Composition
+from optimizers.rounding import NARROW, key_of, rounded
 from trust_region import (
     CubicModel,
     Dogleg,
@@ -84,7 +85,9 @@ def tensors_of(state: State) -> dict[str, Part]:
     }
 
 
-def graph_of(composition: Composition) -> Callable[..., tuple[dict[str, Tensor], list[Tensor]]]:
+def graph_of(
+    composition: Composition, seed: int = 0
+) -> Callable[..., tuple[dict[str, Tensor], list[Tensor]]]:
     """The step of a composition as a free function, its own code object: compiled code is kept with that.
 
     It takes, in the order of the parameters: θ, ``.grad`` as it is, momentum buffers and their counts, the states'
@@ -111,8 +114,9 @@ def graph_of(composition: Composition) -> Callable[..., tuple[dict[str, Tensor],
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
         gradient = [_signed(g, unscale, groups[k][3]) for g, k in zip(raw, group_of, strict=True)]
         finite = vectors.all_finite(gradient) & allowed
+        key = key_of(seed, counts[0])
         own, theirs = _copied(curvature_state), _copied(region_state)
-        means, seen_counts = [_copy(x) for x in buffers], [_copy(x) for x in counts]
+        means, seen_counts = [_wide(_copy(x)) for x in buffers], [_copy(x) for x in counts]
         lr = [groups[k][0] for k in group_of]
         seen = Observation(gradient=gradient, loss=loss, parameters=params)
         absorb(own, seen)
@@ -125,6 +129,11 @@ def graph_of(composition: Composition) -> Callable[..., tuple[dict[str, Tensor],
         moved = [_copy(p) for p in params]
         core.apply_(moved, gradient, proposal.step, lr, [_decay(groups[k][2]) for k in group_of])
         info = step_info.of_step(loss, proposal, verdict, None, theirs, skipped + ~finite)
+        number = int(_narrow(means, buffers, key, 0))
+        for new, old in ((own, curvature_state), (theirs, region_state)):
+            for name, part in old.items():
+                if isinstance(part, list):
+                    number += _narrow(cast("list[Tensor]", new[name]), part, key, number)
         changed = [*moved, *means, *seen_counts, *_flat(own, curvature_state), *_flat(theirs, region_state)]
         scalars = _written_back(
             everything(params, buffers, counts, curvature_state, region_state), changed, finite
@@ -155,8 +164,22 @@ def _overlaps(x: Tensor) -> bool:
     return any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True))
 
 
+def _wide(x: Tensor) -> Tensor:
+    """State that is kept in bfloat16 in the precision that is computed in."""
+    return x.float() if x.dtype == NARROW else x
+
+
+def _narrow(new: list[Tensor], old: Sequence[Tensor], key: Tensor, number: int) -> bool:
+    """Round what is kept in bfloat16, in the list; whether there was any."""
+    found = False
+    for k, (x, y) in enumerate(zip(old, new, strict=True)):
+        if x.dtype == NARROW:
+            new[k], found = rounded(y, key, k, number), True
+    return found
+
+
 def _copied(state: Mapping[str, Part]) -> State:
-    return {k: [_copy(x) for x in v] if isinstance(v, list) else _copy(v) for k, v in state.items()}
+    return {k: [_wide(_copy(x)) for x in v] if isinstance(v, list) else _copy(v) for k, v in state.items()}
 
 
 def _flat(state: Mapping[str, object], like: Mapping[str, Part]) -> list[Tensor]:

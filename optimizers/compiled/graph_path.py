@@ -28,16 +28,17 @@ class GraphPath:
 
     Args:
         composition: what the steps are of.
+        seed: of the rounding of state in bfloat16.
 
     Cost: compiled once for the shapes at hand, which takes longer the more tensors there are; every intermediate that
     is not a reduction or a matrix product stays in registers.
     """
 
-    def __init__(self, composition: Composition) -> None:
+    def __init__(self, composition: Composition, seed: int = 0) -> None:
         self.composition = composition
         self._counts: Callable[..., None] | None = getattr(composition.curvature, "advance", None)
         self._overcounted: tuple[Held, Tensor] | None = None
-        self._step = compiled(graph_of(composition), BACKEND)
+        self._step = compiled(graph_of(composition, seed), BACKEND)
 
     def takes(self, held: Held, gradient: Sequence[Tensor | None]) -> bool:
         """Whether every tensor has a gradient like itself, and the curvature is not refreshed in this step."""

@@ -18,6 +18,7 @@ from optimizers.compiled.kernels import Kind
 from optimizers.compiled.native_library import NoCompilerError, library
 from optimizers.compiled.tensors import Options, Settled, Tensors, classes, log
 from optimizers.elementwise import Formula, prediction_of
+from optimizers.rounding import NARROW, key_of
 
 CHUNK = 1 << 14
 """Elements a thread takes at a time."""
@@ -121,6 +122,7 @@ class NativePasses:
     Args:
         formula: its constants.
         policy: the radius policy, which decides what a prediction is.
+        seed: of the rounding of state in bfloat16 (:mod:`optimizers.rounding`).
 
     Cost: 8 bytes a float32 parameter by the first pass (4 where it only looks for gradients that are not finite) and 28
     by the second.
@@ -129,8 +131,8 @@ class NativePasses:
     #: Whether a step's prediction is known as soon as it is taken.
     at_once = True
 
-    def __init__(self, formula: Formula, policy: object) -> None:
-        self.formula = formula
+    def __init__(self, formula: Formula, policy: object, seed: int = 0) -> None:
+        self.formula, self.seed = formula, seed
         self.rule = prediction_of(policy)
         self.taken: Taken | None = None
         self._bound: _Bound | None = None
@@ -154,6 +156,8 @@ class NativePasses:
         held = (_pointers(gradient), self._table(bound, options), bound.seen + 1.0, radius.to(torch.float64))
         work.g, work.table, work.count, d = (y.data_ptr() for y in held)
         work.threads = torch.get_num_threads()
+        if kind.state == NARROW:
+            work.key = int(key_of(self.seed, bound.seen[0, 0]))
         passes.soaa_look(ctypes.byref(work), code, scales, _at(bound.sums), _at(bound.finite))
         finite = decide(bound.finite.clone())
         passes.soaa_move(

@@ -101,8 +101,8 @@ void look(const Work &w, bool squares) {
   }
 }
 
-// What turns w = m / (max(κv, √v) + ε′) into the step u at learning rate 1: u = ratio · w. Numbers that a whole class has
-// in common are multiplied in once, since arithmetic is what this pass would otherwise wait for.
+// What turns w = m / (max(κv, √v) + ε′) into the step u at learning rate 1: u = ratio · w. Numbers that a whole class
+// has in common are multiplied in once, since arithmetic is what this pass would otherwise wait for.
 struct Direction {
   double curvature, eps, ratio, c1, c2;
   Direction(const Work &w, int64_t k, double d, double scale) {
