@@ -70,8 +70,8 @@ class Comparison:
         reference: whose final loss each seed is measured by.
         loss: mean difference of the final loss at equal steps; below 0 the cell is better.
         loss_at_time: the same at equal time.
-        steps: median fraction of the reference's steps at which the cell is where the reference ends; infinite where
-            it never is.
+        steps: median ratio of the steps after which the cell is first where the reference ends to those after which
+            the reference is there first itself; infinite where the cell never is.
         gradients: the same of its cost in gradients.
         seconds: the same of its training time.
         same_clock: whether all runs took turns in one process. Otherwise times differ by when they were taken, and
@@ -208,19 +208,24 @@ def compare(rows: Sequence[Row], reference: str, measure: str) -> list[Compariso
 
 
 def _compare(cell: str, reference: str, pairs: Sequence[tuple[Record, Record]], measure: str) -> Comparison:
-    losses, at_time, steps, gradients, seconds = [], [], [], [], []
+    losses: list[float] = []
+    at_time: list[float] = []
+    steps: list[float] = []
+    gradients: list[float] = []
+    seconds: list[float] = []
     for record, base in pairs:
         goal = measures.final_loss(base, measure)
         budget = results.number(base["result"].get("seconds"))
         losses.append(_minus(measures.final_loss(record, measure), goal))
         at_time.append(_minus(measures.loss_at(record, measure, budget), goal))
-        length = results.number(base["result"].get("steps"))
-        cost = length * results.number(base["result"].get("gradients_per_step"))
         # what never fell behind a reference that failed is no evidence: its goal is infinite
         reachable = goal if math.isfinite(goal) else -math.inf
-        steps.append(_over(measures.steps_to(record, measure, reachable), length))
-        gradients.append(_over(measures.gradients_to(record, measure, reachable), cost))
-        seconds.append(_over(measures.seconds_to(record, measure, reachable), budget))
+        # over when the reference is there *first*: a loss that falls and rises again is there long before its end, and
+        # over the whole run a cell would beat its own twin
+        for ratios, spent in (
+            (steps, measures.steps_to), (gradients, measures.gradients_to), (seconds, measures.seconds_to)
+        ):  # fmt: skip
+            ratios.append(_over(spent(record, measure, reachable), spent(base, measure, reachable)))
     return Comparison(
         cell,
         reference,

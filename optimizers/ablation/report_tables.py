@@ -70,7 +70,7 @@ def interval_note() -> str:
     return (
         "Paired over seeds, 95% by the bootstrap with percentiles expanded for few seeds; each interval stands for "
         "itself, so of many comparisons some separate by chance. Losses: mean difference. Steps, gradients, time: "
-        "median fraction of the reference's whole run after which a cell is where the reference ends; ∞ is a miss. "
+        "median of when a cell first is where the reference ends, over when the reference first is; ∞ is a miss. "
         "Only an interval that excludes equality and rests on 5 seeds or more is called better or worse, and one of "
         "times only where the cells took turns in one process."
     )

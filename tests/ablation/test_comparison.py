@@ -123,6 +123,15 @@ def test_what_misses_is_never_better_and_a_failed_reference_lends_no_win() -> No
     assert against.verdicts["steps"] != "better"
 
 
+def test_a_twin_of_a_reference_that_overfits_does_not_beat_it() -> None:
+    """Its loss is where it ends at step 20, and lower at 30: over all 40 steps every twin would take half."""
+    overfits = _row("torch-adamw", [[2, 1.0, 0.5, 0.4 + 0.01 * seed, 0.5] for seed in range(5)])
+    (found,) = compare([overfits, Row(Cell("soaa"), 0.1, overfits.records)], "torch-adamw", "train_loss")
+    assert found.steps == found.gradients == found.seconds
+    assert (found.steps.estimate, found.steps.low, found.steps.high) == (1, 1, 1)
+    assert set(found.verdicts.values()) == {"not separated"}
+
+
 def test_equal_cells_are_not_separated() -> None:
     twin = Row(Cell("soaa"), 0.1, ADAMW.records)
     (found,) = compare([ADAMW, twin], "torch-adamw", "train_loss")
