@@ -95,6 +95,7 @@ def load(folder: Path) -> None:
             }
             dcp.load(state, checkpoint_id=folder / f"{name}-flat-{flat}")
             set_model_state_dict(model, state["model"])
+            optimizer = make(getattr(model, "module", model))  # dcp.load wrote into the state of the other
             set_optimizer_state_dict(model, optimizer, state["optim"], options=options)
             found = train(model, optimizer, part, range(SAVED, END))
             try:
