@@ -5,8 +5,8 @@ The tests compare the state with real optimizers byte for byte, the messages wit
 with what the operations of a real step read and write.
 
 Legend: P parameters; a *vector* is P numbers; E = Σ n², the elements of a preset's square factors; R ranks. State is
-float32 whatever the parameters are. Messages go around a ring, so that of n bytes a rank sends (R-1)/R n to gather,
-scatter or broadcast, and twice that to reduce for all.
+float32 by default, whatever the parameters are. Messages go around a ring, so that of n bytes a rank sends (R-1)/R n to
+gather, scatter or broadcast, and twice that to reduce for all.
 
 >>> from optimizers.cost_model import SIZES, cost
 >>> seven = cost("adamw", SIZES["7B"], ranks=64, sharded=True)
@@ -235,7 +235,7 @@ PRESETS: dict[str, _Preset] = {
     "muon": _Preset(1, 1, 12, passes_over=14),
     "natural-gradient": replace(_BY_PRODUCTS, whole=12),
     "shampoo": _Preset(2, 5, 12, passes_over=20, passes_over_factors=4.2, factors="shampoo"),
-    "soaa": replace(_ADAM, whole=24, passes_over=10),
+    "soaa": replace(_ADAM, whole=24, passes_over=9),
     "soap": _Preset(2, 2, 12, passes_over=18, passes_over_factors=5.2, factors="soap"),
     "sophia-g": _Preset(2, 2, 12, passes_over=7.4, gradients=1 / 15, reduced=0.1),
     "sophia-h": _Preset(2, 2, 12, passes_over=7.6, gradients=0.2, reduced=0.1),

@@ -31,7 +31,7 @@ def short(value: float) -> str:
     if value == 0:
         return "0"
     if value < 0.005:
-        return "< 0.01"
+        return "<0.01"
     return f"{value:.0f}" if value >= 99.5 else f"{value:.3g}"
 
 

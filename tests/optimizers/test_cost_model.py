@@ -232,7 +232,7 @@ def test_compiled_step_takes_the_time_of_its_traffic(name: str) -> None:
     measured = MEASURED["models"]["flat-50M"]["contenders"][row]["ratio"]
     flat = (Layer("norm", 50_000_000, bias=False),)
     predicted = cost(name, flat).traffic / (28 * 50_000_000)
-    assert predicted <= measured <= 1.35 * predicted
+    assert predicted / 1.1 <= measured <= 1.5 * predicted
 
 
 @pytest.mark.parametrize("name", ["soaa", "adamw"])
