@@ -31,17 +31,19 @@ class Formula:
         eps: ε.
         interior: whether the first branch of the maximum exists (Adam's does not).
         rank_one_scale: whether s is formed, or 0.
+        lags: whether the step takes the s of the step before.
     """
 
     beta_2: float
     eps: float
     interior: bool
     rank_one_scale: bool
+    lags: bool = False
 
     @property
     def needs_sums(self) -> bool:
         """Whether the step of an element waits for sums over all of them."""
-        return self.interior and self.rank_one_scale
+        return self.interior and self.rank_one_scale and not self.lags
 
 
 def formula_of(curvature: object, trust_region: TrustRegion, momentum: object) -> Formula | None:
@@ -58,7 +60,7 @@ def formula_of(curvature: object, trust_region: TrustRegion, momentum: object) -
         return None
     if type(policy) not in (FixedRadius, SOAARadius) or type(momentum) is not RunningMean:
         return None
-    return Formula(curvature.beta, region.eps, region.interior, region.rank_one_scale)
+    return Formula(curvature.beta, region.eps, region.interior, region.rank_one_scale, region.lags)
 
 
 def correction(count: float, beta: float) -> float:

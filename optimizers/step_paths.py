@@ -24,14 +24,12 @@ from curvature.operators import DiagonalOperator
 from curvature.protocols import CurvatureOperator, State
 from optimizers import blocked, diagonal_step, elementwise
 from optimizers.compiled import graph
-from optimizers.compiled.elementwise_path import ElementwisePath
+from optimizers.compiled.elementwise_path import ElementwisePath, has_passes
 from optimizers.compiled.graph_path import GraphPath
 from optimizers.compiled.kernels import compiler_failures
-from optimizers.compiled.native import serves
 from optimizers.compiled.tensors import Options, Tensors
 from optimizers.core import Composition
 from optimizers.distributed import Ranks, find_ranks
-from optimizers.rounding import NARROW
 from optimizers.scaling import GradScale
 from optimizers.sharding import local, stored
 from optimizers.step_info import StepInfo
@@ -233,7 +231,7 @@ class StepPaths:
             [i for i, group in enumerate(held.groups) for _ in group["params"]],
         )
         kind = tensors.kind()
-        if kind is None or (kind.state == NARROW and not serves(kind)):
+        if kind is None or not has_passes(formula, kind):
             return None
         return ElementwisePath(formula, self.composition.trust_region, tensors, kind, held.seed)
 
@@ -244,6 +242,7 @@ class StepPaths:
         formula = _formula_of(self.composition)
         if (
             formula is None
+            or formula.lags
             or any(g["momentum"] == 0.0 for g in held.groups)
             or find_ranks(held.params, None).shards is not None
         ):

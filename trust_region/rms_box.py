@@ -39,6 +39,8 @@ class RmsBox(Shape):
         interior: whether the step may end inside the box; ``False`` is Adam's.
         rank_one_scale: whether the curvature is scaled by 1 + s (SOAA's correction for the gradient's own direction).
         beta: decay of the region's own second moment, beside curvature that has none.
+        fisher_scale: whether 1 + s is this step's (``"exact"``), or the ``"lagged"`` one of the step before, which a
+            fused step need not wait for: an element then depends on itself alone. The first step takes 1 + s = 2.
 
     >>> from curvature import EmpiricalFisherDiagonal, Observation
     >>> adam, g = EmpiricalFisherDiagonal(), [torch.tensor([3.0, -4.0])]
@@ -57,6 +59,7 @@ class RmsBox(Shape):
     interior: bool = True
     rank_one_scale: bool = True
     beta: float = 0.999
+    fisher_scale: Literal["exact", "lagged"] = "exact"
 
     shardable = True
     finite_only = True
@@ -67,15 +70,29 @@ class RmsBox(Shape):
             raise ValueError(f"eps must be > 0, got {self.eps}")
         if self.scope not in ("global", "tensor"):
             raise ValueError(f"scope must be 'global' or 'tensor', got {self.scope!r}")
+        if self.fisher_scale not in ("exact", "lagged"):
+            raise ValueError(f"fisher_scale must be 'exact' or 'lagged', got {self.fisher_scale!r}")
 
     def init(self, params: Sequence[Tensor], estimator: CurvatureEstimator | None = None) -> State:
-        """A second moment of its own, unless the estimator keeps one."""
+        """A second moment of its own, unless the estimator keeps one; the scale of the step before where it lags."""
+        state: State = {}
+        if self.lags:
+            state["fisher_scale"] = (
+                [vectors.scalar_like([p], 2.0) for p in params]
+                if self.scope == "tensor"
+                else vectors.scalar_like(params, 2.0)
+            )
         if estimator is None or getattr(estimator, "tracks_second_moment", False):
-            return {}
-        return {
+            return state
+        return state | {
             "box_second_moment": vectors.zeros_like(params),
             "box_count": [vectors.scalar_like([p]) for p in params],
         }
+
+    @property
+    def lags(self) -> bool:
+        """Whether a scale is formed, and used one step later."""
+        return self.fisher_scale == "lagged" and self.interior and self.rank_one_scale
 
     def observe(self, state: State, context: StepContext) -> None:
         """Take this step's gradient into the region's own second moment."""
@@ -116,6 +133,8 @@ class RmsBox(Shape):
             inside = [torch.count_nonzero(p.abs() < e.abs()) for p, e in zip(found.step, edge, strict=True)]
             return replace(found, on_boundary=_record(found.step, inside, found.diagnostics) < 1.0)
         scale = self.curvature_scale(gradient, moment)
+        if self.lags:
+            scale = exchanged(state, scale)
         step, inside, negative = [], [], []
         squares = "box_second_moment" not in state  # then h is v̂ itself, which no sign need be looked for in
         for g, h, v, d_i, scale_i in zip(gradient, curvature.diagonal(), moment, d, scale, strict=True):
@@ -175,6 +194,19 @@ class RmsBox(Shape):
         moment = self.second_moment(state, curvature)
         d = list(radius) if isinstance(radius, (list, tuple)) else [cast(Tensor, radius)] * len(moment)
         return adam_step(gradient, moment, d, self.eps).step
+
+
+def exchanged(state: State, scale: Sequence[Tensor]) -> list[Tensor]:
+    """The scale of the step before, for every tensor; this one's is kept in its place."""
+    held = state["fisher_scale"]
+    if isinstance(held, list):
+        before = [x.clone() for x in held]
+        for x, y in zip(held, scale, strict=True):
+            x.copy_(y)
+        return before
+    one = cast(Tensor, held).clone()
+    cast(Tensor, held).copy_(scale[0])
+    return [one] * len(scale)
 
 
 def rank_one_scale(square: Tensor, mass: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from optimizers.compiled.tensors import Options, Settled, Tensors, suits
 from optimizers.compiled.two_pass import TwoPass
 from optimizers.distributed import Ranks
 from optimizers.elementwise import Formula
+from optimizers.rounding import NARROW
 from optimizers.scaling import GradScale
 from optimizers.step_info import StepInfo
 from trust_region import Proposal, TrustRegion, Verdict
@@ -38,6 +39,11 @@ class Open:
     region_state: State
     records: Tensor
     info: StepInfo
+
+
+def has_passes(formula: Formula, kind: Kind) -> bool:
+    """Whether there are passes; those of ``torch.compile`` take no narrow state and no scale of the step before."""
+    return serves(kind) or not (kind.state == NARROW or formula.lags)
 
 
 def passes_for(formula: Formula, trust_region: TrustRegion, kind: Kind, seed: int) -> TwoPass | NativePasses:
@@ -89,6 +95,8 @@ class ElementwisePath:
             return finite
 
         radius = cast(Tensor, region_state["radius"])
+        if isinstance(self.passes, NativePasses):
+            self.passes.lagged_scale = cast("Tensor | None", region_state.get("fisher_scale"))
         settled = self.passes.step_(self.tensors, gradient, self.kind, options, radius, decide)
         if settled is not None:
             self._complete(settled)

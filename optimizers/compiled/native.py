@@ -135,6 +135,8 @@ class NativePasses:
         self.formula, self.seed = formula, seed
         self.rule = prediction_of(policy)
         self.taken: Taken | None = None
+        self.lagged_scale: Tensor | None = None
+        """1 + s of the step before, where the composition takes that one; overwritten by a step."""
         self._bound: _Bound | None = None
 
     def step_(
@@ -153,6 +155,7 @@ class NativePasses:
             self._bound = _Bound(x, code)
         bound = self._bound
         work, scales = bound.work, int(self.formula.needs_sums)
+        lagged = None if self.lagged_scale is None else self.lagged_scale.to(torch.float64)
         held = (_pointers(gradient), self._table(bound, options), bound.seen + 1.0, radius.to(torch.float64))
         work.g, work.table, work.count, d = (y.data_ptr() for y in held)
         work.threads = torch.get_num_threads()
@@ -164,19 +167,22 @@ class NativePasses:
             ctypes.byref(work),
             code,
             int(self.formula.interior),
-            scales,
+            scales if lagged is None else 2,
             self.rule,
             ctypes.c_double(bound.size),
             _at(bound.sums),
             _at(finite),
             ctypes.c_void_p(d),
-            None,
+            None if lagged is None else _at(lagged),
             _at(bound.mass),
             _at(bound.found),
         )
         passes.soaa_count(ctypes.c_int64(len(bound.counts)), _at(bound.counts), bound.wide, _at(finite))
         bound.seen += finite
         torch.autograd.graph.increment_version(bound.versions)  # as every in-place operation does
+        if self.lagged_scale is not None:
+            own = torch.nan_to_num(bound.found[3], nan=1.0)
+            self.lagged_scale.copy_(torch.where(finite, own, self.lagged_scale))
         self.taken = Taken(bound.found.to(x.steps[0].dtype, copy=True), finite)
         return None
 

@@ -32,6 +32,7 @@ class SOAA(SecondOrder):
         scope: ``"global"`` sums over all parameters (the paper's vector form); with ``"tensor"`` every tensor has its
             own s, d and prediction.
         prediction: ``"paper"`` or ``"model"``; see :class:`trust_region.SOAARadius`.
+        fisher_scale: ``"exact"``, or ``"lagged"``: the s of the step before, for which a fused step does not wait.
         maximize: refused, since the ratio compares losses: negate the loss.
         compile: see :class:`SecondOrder`.
 
@@ -63,6 +64,7 @@ class SOAA(SecondOrder):
         scope: Literal["global", "tensor"] = "global",
         *,
         prediction: Literal["paper", "model"] = "paper",
+        fisher_scale: Literal["exact", "lagged"] = "exact",
         **options: Any,
     ) -> None:
         beta_1, beta_2 = check_betas(betas)
@@ -71,7 +73,7 @@ class SOAA(SecondOrder):
             lr,
             curvature=EmpiricalFisherDiagonal(beta=beta_2),
             trust_region=TrustRegion(
-                region=RmsBox(eps=eps, scope=scope),
+                region=RmsBox(eps=eps, scope=scope, fisher_scale=fisher_scale),
                 radius=SOAARadius(
                     total_steps=total_steps,
                     gamma=gamma,
