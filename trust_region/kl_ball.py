@@ -26,6 +26,9 @@ class KLBall(Shape):
     Args:
         includes_lr: measure the step after the learning rate, (ηp)ᵀB(ηp) <= Δ: the "KL clip" of K-FAC optimizers,
             where Δ is the κ of the literature (often 0.001).
+        includes_damping: measure by the damped matrix C that is solved with, pᵀCp <= Δ, where Cp = -g: what K-FAC
+            optimizers clip. It also holds steps along which B is flat and the damping alone decides, and saves the
+            product: the prediction is then the damped model's (Martens & Grosse 2015, section 6.5).
 
     Raises:
         ValueError: where the curvature is not positive along the step (on the CPU; an accelerator is not waited for,
@@ -36,11 +39,12 @@ class KLBall(Shape):
     >>> KLBall().minimise({}, [torch.tensor([4.0, 0.0])], B, torch.tensor(1.0), 0.0, StepContext()).step
     [tensor([-0.5000, -0.0000])]
 
-    Cost: one ``solve``, one product.
+    Cost: one ``solve``, and one product unless ``includes_damping``.
     References: Schulman et al. 2015, arXiv 1502.05477, appendix C; Ba, Grosse & Martens 2017, section 5 (KL clip).
     """
 
     includes_lr: bool = False
+    includes_damping: bool = False
 
     definite_only = True
 
@@ -55,7 +59,7 @@ class KLBall(Shape):
     ) -> Solution:
         """The Newton step, scaled."""
         newton = vectors.negative(curvature.solve(gradient, damping))
-        product = curvature.matvec(newton)
+        product = vectors.negative(gradient) if self.includes_damping else curvature.matvec(newton)
         factor, energy = self._factor(newton, product, radius, context)
         noise = 1e3 * torch.finfo(energy.dtype).eps * vectors.norm(newton) * vectors.norm(product)
         if vectors.readable(energy) and bool(energy < -noise):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import curvature
 from optimizers.presets.kfac import KFAC
 from optimizers.registry import optimizers
@@ -13,7 +15,7 @@ class EKFAC(KFAC):
     :class:`KFAC` with another diagonal in its eigenbasis, never further from the Fisher matrix. Its bases can be
     refreshed rarely, since the eigenvalues follow at every measurement. Loops and damping are those of :class:`KFAC`.
 
-    Arguments and errors are those of :class:`KFAC`.
+    Arguments and errors are those of :class:`KFAC`, but for ``damping_kind``: λ is added to the measured eigenvalues.
 
     >>> import torch
     >>> model, x, y = torch.nn.Linear(2, 2), torch.eye(2), torch.tensor([0, 1])
@@ -32,6 +34,13 @@ class EKFAC(KFAC):
     """
 
     estimator = curvature.EKFAC
+
+    def _damping_options(self, kind: Literal["exact", "factored"] | None) -> dict[str, Any]:
+        if kind not in (None, "exact"):
+            raise ValueError(
+                f"EKFAC's damping is exact, got damping_kind={kind!r}: leave it out, or use KFAC"
+            )
+        return {}
 
 
 optimizers.add("ekfac", EKFAC)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import trust_region as tr
-from curvature import DiagonalOperator, IdentityOperator
+from curvature import DiagonalOperator, IdentityOperator, vectors
 from trust_region.registry import trust_regions
 from trust_region.testing import KINDS, MatrixOperator, random_problem
 
@@ -78,6 +78,22 @@ def test_kl_clip_equals_the_factor_of_kfac_optimizers() -> None:
     trust = trust_regions["kl-clip"](radius=kappa, damping=0.0)
     proposal = trust.propose(trust.init(params), gradient, B, tr.StepContext(lr=[lr] * len(params)))
     torch.testing.assert_close(proposal.step, [-lr * nu * p for p in newton])
+
+
+def test_damped_kl_ball_holds_and_predicts_by_the_matrix_that_is_solved_with() -> None:
+    """p = -ν(B+λI)⁻¹g with η²pᵀ(B+λI)p = Δ, and the prediction is that of B+λI: a dense matrix, in float64."""
+    gradient, B, params = random_problem(2, "definite")
+    lr, bound, damping = 0.7, 1e-3, 0.4
+    dense = B.to_dense() + damping * torch.eye(sum(g.numel() for g in gradient), dtype=torch.float64)
+    g = vectors.flatten(gradient)
+    newton = -torch.linalg.solve(dense, g)
+    step = newton * math.sqrt(bound / (lr**2 * float(newton @ dense @ newton)))
+    region = tr.KLBall(includes_lr=True, includes_damping=True)
+    trust = tr.TrustRegion(region, radius=tr.FixedRadius(bound, damping=damping))
+    proposal = trust.propose(trust.init(params), gradient, B, tr.StepContext(lr=[lr] * len(params)))
+    torch.testing.assert_close(vectors.flatten(proposal.step), lr * step)
+    predicted = -(lr * g @ step + 0.5 * lr**2 * step @ dense @ step)
+    torch.testing.assert_close(proposal.predicted_reduction, predicted)
 
 
 REFUSALS: list[tuple[Any, str]] = [

@@ -117,9 +117,16 @@ def test_kronecker_presets_in_a_loop_without_a_closure(preset: type[SecondOrder]
         assert losses[-1] < 0.7 * losses[0], options
 
 
+def test_ekfac_refuses_factored_damping() -> None:
+    with pytest.raises(ValueError, match="EKFAC's damping is exact"):
+        optimizers.EKFAC(network(), damping_kind="factored")
+
+
 def test_kfac_holds_the_kl_bound_on_the_step_that_is_taken() -> None:
     model = network()
-    optimizer = optimizers.KFAC(model, lr=0.7, damping="fixed", radius=1e-3, fisher="type-2", momentum=0.0)
+    optimizer = optimizers.KFAC(
+        model, lr=0.7, damping="fixed", radius=1e-3, damping_kind="exact", fisher="type-2", momentum=0.0
+    )
     for x, y in batches(5):
         before = [p.detach().clone() for p in model.parameters()]
         optimizer.zero_grad()
@@ -129,7 +136,8 @@ def test_kfac_holds_the_kl_bound_on_the_step_that_is_taken() -> None:
         optimizer.step()
         step = [p.detach() - b for p, b in zip(model.parameters(), before, strict=True)]
         B = optimizer.curvature.operator(optimizer._curvature_state)
-        energy = sum(float((s * b).sum()) for s, b in zip(step, B.matvec(step), strict=True))
+        damped = [b + 0.03 * s for s, b in zip(step, B.matvec(step), strict=True)]
+        energy = sum(float((s * b).sum()) for s, b in zip(step, damped, strict=True))
         assert energy == pytest.approx(1e-3, rel=1e-6)
 
 
