@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from optimizers.ablation import results, workload
 from optimizers.ablation.ablate import Outcome
@@ -24,15 +25,11 @@ Table = tuple[list[str], list[list[str]]]  # names of columns, rows
 def facts(outcome: Outcome, goal: float, whose: str, measure: str) -> list[tuple[str, str]]:
     """Return what the reader must know of how it was run: names and texts."""
     ablation = outcome.ablation
-    first = outcome.rows[0].records[0]
-    config, environment = first["config"], first["environment"]
-    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version)
-    revision = environment["git_revision"]
-    dirty = " (with changes that are not committed)" if environment["git_dirty"] else ""
+    config = outcome.rows[0].records[0]["config"]
+    environments = [record["environment"] for row in outcome.rows for record in row.records]
     baseline = (
         f"{measure.replace('_', ' ')} <= {goal:.5g}: the median of {whose}, the best first-order baseline"
     )
-    cores = f"{environment['cpu_count']} cores, {config['threads']} thread(s) a run"
     found = [
         (
             "run",
@@ -45,15 +42,37 @@ def facts(outcome: Outcome, goal: float, whose: str, measure: str) -> list[tuple
         ),
         ("target", baseline if whose else "none: no first-order baseline was run"),
         ("times", clock_note(outcome)),
-        ("machine", f"{environment['processor']}, {cores}; {environment['machine']}"),
-        ("versions", f"Python {environment['python']}, {versions}"),
-        ("revision", f"{revision}{dirty}" if revision else "not from a checkout"),
+        ("machine", _each(environments, lambda seen: _machine(seen, config["threads"]))),
+        ("versions", _each(environments, _versions)),
+        ("revision", _each(environments, _revision)),
     ]
     if ablation.tune:
         budget = f"{ablation.tune} trials a cell, seed {ablation.tune_seed}, by validation loss"
         text = f"{budget}; search space {fingerprint()}"
         found.insert(3, ("tuning", text))
     return found
+
+
+def _each(environments: Sequence[Mapping[str, Any]], text: Callable[[Mapping[str, Any]], str]) -> str:
+    """Every machine, version or revision once: an ablation that was continued, or shared, may have several."""
+    return "; and ".join(dict.fromkeys(text(environment) for environment in environments))
+
+
+def _machine(environment: Mapping[str, Any], threads: int) -> str:
+    cores = f"{environment['cpu_count']} cores, {threads} thread(s) a run"
+    return f"{environment['processor']}, {cores}; {environment['machine']}"
+
+
+def _versions(environment: Mapping[str, Any]) -> str:
+    versions = [f"{name} {version}" for name, version in environment["versions"].items() if version]
+    return ", ".join([f"Python {environment['python']}", *versions])
+
+
+def _revision(environment: Mapping[str, Any]) -> str:
+    if not environment["git_revision"]:
+        return "not from a checkout"
+    dirty = " (with changes that are not committed)" if environment["git_dirty"] else ""
+    return f"{environment['git_revision']}{dirty}"
 
 
 def clock_note(outcome: Outcome) -> str:

@@ -11,6 +11,7 @@ import pytest
 
 from optimizers.ablation import Ablation, AblationError, Cell, ablate
 from optimizers.ablation.report import report
+from optimizers.ablation.store import Store
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -42,6 +43,22 @@ def test_markdown_tables_and_pictures_lie_beside_it(written: Path) -> None:
         assert (written.parent / path).read_bytes().startswith(b"\x89PNG")
     for name in ("cells", "comparisons", "tuning"):
         assert (written.parent / f"digits-{name}.csv").is_file()
+
+
+def test_every_revision_and_machine_of_a_continued_ablation_is_named(tmp_path: Path) -> None:
+    ablation = Ablation(optimizers=("torch-sgd",), learning_rates=(0.1,), seeds=2, steps=2, evaluations=1)
+    store = Store(ablate(ablation, tmp_path).folder)
+    for key, revision, processor in zip(store.keys(), ("aaa", "bbb"), ("one", "two"), strict=True):
+        record = store.load(key)
+        record["environment"] |= {"git_revision": revision, "git_dirty": False, "processor": processor}
+        store.path(key).write_text(json.dumps(record), encoding="utf-8")
+    text = report(tmp_path).with_name("report.md").read_text(encoding="utf-8")
+    (revisions,) = (line for line in text.splitlines() if line.startswith("- revision"))
+    (machines,) = (line for line in text.splitlines() if line.startswith("- machine"))
+    assert "aaa" in revisions
+    assert "bbb" in revisions
+    assert "one, " in machines
+    assert "two, " in machines
 
 
 def test_a_folder_without_results_is_one_error(tmp_path: Path) -> None:
