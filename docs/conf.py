@@ -38,7 +38,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinxcontrib.bibtex",
 ]
-exclude_patterns = ["_build", "_inventories", "**/README.md", "results/study/head.md"]
+exclude_patterns = ["_build", "_inventories", "**/README.md"]
 nitpicky = True
 
 # -- pages
