@@ -113,3 +113,22 @@ def test_autocast_changes_curvature_by_its_rounding_alone(kind: type[KFAC], shar
     assert 0 < error < 0.05
     full = dense.trainable(model)
     assert all(p.dtype == torch.float32 for p in full)
+
+
+@pytest.mark.filterwarnings("ignore:.*treats these by the diagonal")
+@pytest.mark.parametrize("kind", [KFAC, EKFAC])
+def test_sums_of_products_keep_the_precision_of_the_state_under_autocast(kind: type[KFAC]) -> None:
+    """The model itself runs in float32, so nothing may differ but what the estimator does."""
+
+    class Wide(Words):
+        def forward(self, tokens: Tensor) -> Tensor:
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(tokens)
+
+    torch.manual_seed(0)
+    model = Wide().float()
+    tokens, y = torch.randint(0, 7, (6, 4)), torch.randint(0, 7, (6,))
+    exact = estimate(kind(model), model, functional.cross_entropy, [(tokens, y)]).to_dense()
+    with torch.autocast("cpu", torch.bfloat16):
+        B = estimate(kind(model), model, functional.cross_entropy, [(tokens, y)])
+    assert float((B.to_dense() - exact).norm() / exact.norm()) < 1e-4
