@@ -64,9 +64,11 @@ class _Source:
         try:
             found = yaml.safe_load(self.text)
         except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f", line {mark.line + 1}" if mark is not None else ""
             problem = getattr(error, "problem", None) or " ".join(str(error).split())
+            # what is never closed is found at the end of the file, and to be mended where it opens
+            opened = getattr(error, "context_mark", None) if "stream end" in problem else None
+            mark = opened or getattr(error, "problem_mark", None)
+            where = f", line {mark.line + 1}" if mark is not None else ""
             raise AblationError(f"{self.path}{where}: not YAML: {problem}") from error
         if not isinstance(found, dict):
             raise AblationError(
