@@ -23,7 +23,7 @@ from torch.autograd.graph import GradientEdge
 from curvature.layer_io import Call, Recorder, Trace
 from curvature.loss_graph import LossGraph
 from curvature.measured_weights import leaves, rows
-from curvature.per_sample_rules import Use, squares_of_uses
+from curvature.per_sample_rules import Room, Use, squares_of_uses
 from curvature.probes import generator
 from curvature.side_effects import coupled_by_batch_norm
 from curvature.vectors import compute_dtype
@@ -145,6 +145,7 @@ class PerSample:
             gradients = self._gradients(edges, seed)
         total: dict[int, Tensor] = {}
         rest = []
+        room = Room()
         was_enabled, self.recorder.enabled = self.recorder.enabled, False
         try:
             for i, p in enumerate(params):
@@ -157,7 +158,7 @@ class PerSample:
                 uses = [u for u in self.covered[i] if gradients[u.index] is not None]
                 if not uses and (expected is None or not bool(torch.any(expected != 0))):
                     continue
-                found = squares_of_uses(p, uses, gradients, weights, expected) if uses else None
+                found = squares_of_uses(p, uses, gradients, weights, expected, room) if uses else None
                 if found is None:
                     del self.covered[i]
                     rest.append(i)

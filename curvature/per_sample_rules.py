@@ -9,6 +9,7 @@ chunks of samples. Every other layer pulls δ_n back through its own forward fun
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,21 @@ from curvature.vectors import compute_dtype
 
 #: Elements of per-sample gradients that are formed at a time.
 CHUNK_ELEMENTS = 1 << 24
+
+
+class Room:
+    """Memory that is used again and again: a page fault every 4 KiB costs as much as the sums that go there."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    def take(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """A tensor with contents that mean nothing, valid until the next one is taken."""
+        key, size = (like.dtype, like.device), math.prod(shape)
+        held = self._held.get(key)
+        if held is None or held.numel() < size:
+            held = self._held[key] = torch.empty(size, dtype=like.dtype, device=like.device)
+        return held[:size].view(shape)
 
 
 @dataclass(frozen=True)
@@ -96,6 +112,7 @@ def squares_of_uses(
     gradients: Sequence[Tensor | None],
     weights: Tensor,
     reference: Tensor | None,
+    room: Room | None = None,
 ) -> Tensor | None:
     """Σ_n r_n u_n², u_n summed over all uses of the parameter.
 
@@ -105,6 +122,7 @@ def squares_of_uses(
         gradients: the gradient at each recorded call.
         weights: r.
         reference: autograd's gradient; where given, Σ u_n must equal it.
+        room: memory for u_n, which one parameter after the other may use.
 
     Returns:
         The sum, float32 or wider, or ``None`` where the uses do not explain the gradient.
@@ -114,16 +132,21 @@ def squares_of_uses(
     weights = weights.to(parameter.device, dtype)
     if len(uses) == 1 and uses[0].single_row_linear:
         return linear_squares(uses[0], deltas[0].to(dtype), weights, reference)
-    total = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+    total = torch.empty_like(
+        parameter, dtype=dtype, requires_grad=False, memory_format=torch.contiguous_format
+    )
     count = uses[0].count
     step = max(1, CHUNK_ELEMENTS // max(1, parameter.numel()))
-    sums, power = torch.zeros_like(total), total.new_zeros(())
+    sums, power = torch.zeros_like(total) if reference is not None else total, total.new_zeros(())
+    alone = (
+        room if len(uses) == 1 else None
+    )  # with several, u_n is a sum, and the next part must not overwrite it
     for begin in range(0, count, step):
         part = slice(begin, min(begin + step, count))
         u: Tensor | None = None
         for use, delta in zip(uses, deltas, strict=True):
             try:
-                own = pulled_back(use, delta, part)
+                own = pulled_back(use, delta, part, alone)
             except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, IndexError):
                 return None
             u = own if u is None else u + own
@@ -132,7 +155,10 @@ def squares_of_uses(
         if reference is not None:
             sums.add_(u.sum(0))
             power = power + torch.linalg.vector_norm(u).square()
-        total.view(-1).addmv_(u.square_().reshape(len(u), -1).mT, weights[part])
+        squares = u.square_().reshape(len(u), -1).mT
+        total.view(-1).addmv_(
+            squares, weights[part], beta=0 if begin == 0 else 1
+        )  # 0: what lies there is not read
     if reference is None or agree(sums, reference.to(total.dtype), power, deltas[0].dtype, parameter.dtype):
         return total
     return None
@@ -173,7 +199,7 @@ def agree(ours: Tensor, theirs: Tensor, power: Tensor, *dtypes: torch.dtype) -> 
     return bool(torch.linalg.vector_norm(ours - theirs) <= tolerance * scale)
 
 
-def pulled_back(use: Use, delta: Tensor, part: slice) -> Tensor:
+def pulled_back(use: Use, delta: Tensor, part: slice, room: Room | None = None) -> Tensor:
     """u_n for the samples of ``part``, (n, …): the pull-back of the module's own forward function, sample by sample."""
     assert use.inputs is not None
     a, d = use.inputs[0][part], delta[part]
@@ -183,7 +209,9 @@ def pulled_back(use: Use, delta: Tensor, part: slice) -> Tensor:
         rows = d.flatten(1, -2)
         if use.key == "bias":
             return rows.sum(1)
-        return torch.bmm(rows.mT, a.flatten(1, -2).to(rows.dtype))
+        a = a.flatten(1, -2).to(rows.dtype)
+        out = None if room is None else room.take((len(a), rows.shape[-1], a.shape[-1]), rows)
+        return torch.bmm(rows.mT, a, out=out)
     if kind is nn.Embedding and module.max_norm is None and not module.scale_grad_by_freq:
         return token_sums(a.reshape(len(a), -1), d.reshape(len(a), -1, d.shape[-1]), module)
     if kind is nn.LayerNorm:
