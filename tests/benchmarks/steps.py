@@ -11,8 +11,13 @@ import argparse
 import importlib
 import importlib.util
 import json
+import math
+import os
 import platform
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -90,6 +95,12 @@ def contenders(
             ).step
         ),
         "SOAA compiled": lambda: with_loss(SOAA(own(), lr=1e-4, total_steps=1000, compile=True)),
+        "SOAA compiled, lagged scale": lambda: with_loss(
+            SOAA(own(), lr=1e-4, total_steps=1000, fisher_scale="lagged", compile=True)
+        ),
+        "SOAA compiled, bfloat16 state": lambda: with_loss(
+            SOAA(own(), lr=1e-4, total_steps=1000, state_dtype=torch.bfloat16, compile=True)
+        ),
         "SOAA eager": lambda: with_loss(SOAA(own(), lr=1e-4, total_steps=1000, compile=False)),
         "SOAA handwritten": lambda: with_loss(HandwrittenSOAA(own(), lr=1e-4, total_steps=1000)),
         "AdamW composed, compiled": lambda: with_loss(AdamW(own(), lr=1e-4, compile=True)),
@@ -171,6 +182,40 @@ def copy_time(size: int, device: torch.device) -> float:
     return statistics.median(seconds(lambda: target.copy_(source), device) for _ in range(5)) * 1e3
 
 
+def growth(models: dict[str, Any], name: str = "SOAA compiled") -> dict[str, Any]:
+    """The exponent b of milliseconds ~ parameters^b over the flat models, by least squares of the logarithms."""
+    found = [x for key, x in models.items() if key.startswith("flat-") and name in x["contenders"]]
+    points = [(math.log(x["parameters"]), math.log(x["contenders"][name]["milliseconds"])) for x in found]
+    if len(points) < 2:
+        return {}
+    fit = statistics.linear_regression([x for x, _ in points], [y for _, y in points])
+    return {"contender": name, "sizes": sorted(x["parameters"] for x in found), "exponent": fit.slope}
+
+
+FIRST_STEP = """
+import time, torch
+from optimizers import SOAA
+from tests.benchmarks.steps import MODELS, parameters
+torch.set_num_threads({threads})
+optimizer = SOAA(parameters(MODELS[{model!r}], torch.device("cpu")), compile=True)
+began = time.perf_counter()
+optimizer.step(loss=torch.tensor(1.0))
+print(time.perf_counter() - began)
+"""
+
+
+def compile_times(model: str) -> dict[str, Any]:
+    """Seconds of a first step in a process of its own, with no cache and with the one that this left."""
+    command = [sys.executable, "-c", FIRST_STEP.format(model=model, threads=torch.get_num_threads())]
+    with tempfile.TemporaryDirectory() as cache:
+        environment = os.environ | {"SOAA_CACHE": cache, "TORCHINDUCTOR_CACHE_DIR": cache}
+        cold, warm = (
+            float(subprocess.run(command, env=environment, capture_output=True, check=True, text=True).stdout)
+            for _ in range(2)
+        )
+    return {"tensors": len(MODELS[model]), "cold_seconds": cold, "warm_seconds": warm}
+
+
 def table(results: dict[str, Any]) -> str:
     """The results as Markdown."""
     lines = [
@@ -196,6 +241,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], help="contenders; the first is the unit")
     parser.add_argument("--seconds", type=float, default=5.0, help="of repetitions a model")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--compile-times", choices=MODELS, help="also time a first step, cold and warm")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="file to add the results to")
     given = parser.parse_args()
@@ -207,6 +253,9 @@ def main() -> None:
         given.json.parent.mkdir(parents=True, exist_ok=True)
         held = json.loads(given.json.read_text()) if given.json.exists() else {}
         held.setdefault("models", {}).update(results)
+        held["growth"] = growth(held["models"])
+        if given.compile_times:
+            held.setdefault("compile", {})[given.compile_times] = compile_times(given.compile_times)
         held["machine"] = {
             "torch": torch.__version__,
             "threads": given.threads,
