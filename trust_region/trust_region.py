@@ -85,11 +85,14 @@ class TrustRegion:
                     f"{name} finds one step inside one ball over all tensors, got {region}: leave its scope global, or "
                     "leave the solver out"
                 )
-            if getattr(region, "includes_lr", False):
-                raise ValueError(
-                    f"{name} measures the step before the learning rate, got {region}: leave includes_lr False, or "
-                    "leave the solver out"
-                )
+            for flag, measure in (
+                ("includes_lr", "before the learning rate"),
+                ("includes_damping", "by B alone"),
+            ):
+                if getattr(region, flag, False):
+                    raise ValueError(
+                        f"{name} measures the step {measure}, got {region}: leave {flag} False, or leave the solver out"
+                    )
         policy = getattr(self.radius, "policy", self.radius)
         if getattr(region, "finite_only", False) and getattr(policy, "radius", 1.0) == math.inf:
             raise ValueError(

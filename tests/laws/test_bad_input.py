@@ -241,6 +241,10 @@ class Negative(Identity):
             "KLConjugateGradient measures the step before the learning rate",
         ),
         (
+            lambda: tr.TrustRegion(tr.KLBall(includes_damping=True), tr.KLConjugateGradient()),
+            "KLConjugateGradient measures the step by B alone, .*: leave includes_damping False",
+        ),
+        (
             lambda: tr.TrustRegion(tr.L2Ball(), radius=tr.SOAARadius(scope="tensor")),
             'needs a region with scope="tensor"',
         ),

@@ -78,13 +78,14 @@ REGIONS: dict[str, Any] = {
     "rms-box": tr.RmsBox(beta=0.0, rank_one_scale=False),
     "rms-box-edge": tr.RmsBox(interior=False),
     "kl-ball": tr.KLBall(),
+    "kl-ball-damped": tr.KLBall(includes_damping=True),
     "relative-ball": tr.RelativeBall(),
     "relative-ball-fill": tr.RelativeBall(fill=True),
     "spectral-ball": tr.SpectralBall(dtype=None),
     "spectral-ball-clip": tr.SpectralBall(fill=False),
 }
 #: What takes only a positive semi-definite B, and says so by an error.
-DEFINITE = {"dogleg", "kl-cg", "kl-ball"}
+DEFINITE = {"dogleg", "kl-cg", "kl-ball", "kl-ball-damped"}
 #: What sees only what products with the gradient excite: a curvature that g has no part in stays unmet.
 KRYLOV = {"cauchy", "steihaug", "krylov", "cubic"}
 #: What steps to the boundary whatever the model says, and never looks at the curvature's sign or only along -g.
