@@ -29,7 +29,7 @@ from optimizers.ablation.schedule import factor
 from optimizers.ablation.workloads.mnist_autoencoder import WORKLOAD
 
 #: How K-FAC is called unless the command says otherwise.
-PRESET: dict[str, Any] = {"damping": "fixed", "initial_damping": 0.01, "radius": 0.1}
+PRESET: dict[str, Any] = {"damping": "fixed", "initial_damping": 0.01, "radius": 0.1, "inverse_interval": 4}
 WARMUP = 0.05
 
 
@@ -133,12 +133,14 @@ def race(
 def page(held: dict[str, Any]) -> str:
     """The results as Markdown."""
     lines = [
-        "| AdamW's learning rate | seed | training loss after 600 steps | after 1,200 |",
-        "| ---: | ---: | ---: | ---: |",
+        "| AdamW's learning rate | schedule | seed | training loss after 600 steps | after 1,200 |",
+        "| ---: | --- | ---: | ---: | ---: |",
     ]
     for row in sorted(held["adamw"], key=lambda row: (row["seed"], row["lr"])):
         at = dict(row["curve"])
-        lines.append(f"| {row['lr']:g} | {row['seed']} | {at[600]:.1f} | {row['curve'][-1][1]:.1f} |")
+        lines.append(
+            f"| {row['lr']:g} | {row['schedule']} | {row['seed']} | {at[600]:.1f} | {row['curve'][-1][1]:.1f} |"
+        )
     lines += [
         "",
         "| preset | options | seed | target | steps | of AdamW's | seconds | AdamW's | ratio | ms a step | AdamW's |",
@@ -177,6 +179,7 @@ def main() -> None:
     one.add_argument("--lr", type=float, required=True)
     two.add_argument("--optimizer", default="kfac", choices=["kfac", "ekfac"])
     two.add_argument("--limit", type=float, default=130.0, help="seconds")
+    two.add_argument("--target", type=float, help="another loss than AdamW's best, such as one below it")
     two.add_argument("options", nargs="*", help="of the preset, name=value")
     parts.add_parser("page")
     given = parser.parse_args()
@@ -190,11 +193,12 @@ def main() -> None:
         best = min(held["adamw"], key=lambda row: row["curve"][-1][1])
         told = dict(pair.split("=", 1) for pair in given.options)
         options = PRESET | {k: ast.literal_eval(v) for k, v in told.items()}
-        found = race(given.optimizer, given.seed, best["lr"], best["curve"][-1][1], given.limit, options)
+        target = best["curve"][-1][1] if given.target is None else given.target
+        found = race(given.optimizer, given.seed, best["lr"], target, given.limit, options)
         held.setdefault("races", []).append(found)
         print({k: v for k, v in found.items() if k != "curve"})
     else:
-        print(page(held))
+        (given.json.parent / "table.md").write_text(page(held))
         return
     given.json.parent.mkdir(parents=True, exist_ok=True)
     given.json.write_text(json.dumps(held, indent=1) + "\n")
