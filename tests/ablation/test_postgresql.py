@@ -157,17 +157,16 @@ def test_killed_workers_and_machines_leave_a_study_in_which_nothing_is_counted_t
 def test_a_run_whose_process_dies_each_time_is_given_up_after_the_last_retry(
     tmp_path: Path, server: str
 ) -> None:
-    code = (
-        "import os, sys; from pathlib import Path; from optimizers.ablation import Ablation;"
-        "from optimizers.ablation.ledger import StudyLedger; from optimizers.ablation.store import Store;"
-        "runs = Ablation(optimizers=('torch-sgd',), learning_rates=(0.01,), seeds=1, steps=4).runs();"
-        "ledger = StudyLedger(sys.argv[1], 'deadly', Store(Path(sys.argv[2])), runs);"
-        "assert ledger.claim(); os.kill(os.getpid(), 9)"
-    )
     runs = Ablation(optimizers=("torch-sgd",), learning_rates=(0.01,), seeds=1, steps=4).runs()
     for _ in range(MAX_RETRIES + 1):
-        done = subprocess.run([sys.executable, "-c", code, server, str(tmp_path)], cwd=ROOT, check=False)
-        assert done.returncode == -signal.SIGKILL
+        process = os.fork()
+        if process == 0:  # dies with the run that it has claimed
+            try:
+                assert StudyLedger(server, "deadly", Store(tmp_path), runs).claim()
+                os.kill(os.getpid(), signal.SIGKILL)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
     with pytest.raises(AblationError, match=rf"torch-sgd.*lost its process {MAX_RETRIES + 1} times.*intact"):
         StudyLedger(server, "deadly", Store(tmp_path), runs)
     states = [trial.state for trial in optuna.load_study(study_name="deadly", storage=server).trials]
