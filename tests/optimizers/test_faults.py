@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from optimizers import SOAA, AdamW, SecondOrder, build
+from optimizers import SOAA, AdamW, SecondOrder, available, build
 
 
 def network() -> torch.nn.Module:
@@ -169,6 +169,30 @@ def test_ten_thousand_steps_do_not_grow() -> None:
 
     early = run(100)
     assert run(9_900) <= early
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", available()["optimizers"])
+def test_no_preset_grows(name: str) -> None:
+    """Living tensors and bytes of state after 80 steps are those after 30, when every history is full."""
+    model = network()
+    optimizer = build(model, name)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        outputs = model(X)
+        loss = torch.nn.functional.cross_entropy(outputs, Y)
+        optimizer.backward(loss, outputs)
+        return loss
+
+    found = []
+    for steps in (30, 50):
+        for _ in range(steps):
+            optimizer.step(closure)
+        gc.collect()
+        found.append((sum(type(x) is torch.Tensor for x in gc.get_objects()), optimizer.state_bytes()))
+    assert found[1][0] <= found[0][0]
+    assert found[1][1] == found[0][1] > 0
 
 
 TRAINING = """
