@@ -62,6 +62,9 @@ MODELS: dict[str, list[tuple[int, ...]]] = {
 }
 """Shapes of the tensors of each model."""
 
+GROWTH = ("flat-1M", "flat-3M", "flat-10M", "flat-30M", "flat-100M")
+"""Models that only the growth curve is measured on."""
+
 
 def parameters(shapes: list[tuple[int, ...]], device: torch.device) -> list[nn.Parameter]:
     """Parameters with gradients, alike in every call."""
@@ -182,14 +185,13 @@ def copy_time(size: int, device: torch.device) -> float:
     return statistics.median(seconds(lambda: target.copy_(source), device) for _ in range(5)) * 1e3
 
 
-def growth(models: dict[str, Any], name: str = "SOAA compiled") -> dict[str, Any]:
-    """The exponent b of milliseconds ~ parameters^b over the flat models, by least squares of the logarithms."""
-    found = [x for key, x in models.items() if key.startswith("flat-") and name in x["contenders"]]
+def growth(models: dict[str, Any], name: str) -> float:
+    """The exponent b of milliseconds ~ parameters^b, by least squares of the logarithms; NaN for one size."""
+    found = [x for x in models.values() if name in x["contenders"]]
     points = [(math.log(x["parameters"]), math.log(x["contenders"][name]["milliseconds"])) for x in found]
     if len(points) < 2:
-        return {}
-    fit = statistics.linear_regression([x for x, _ in points], [y for _, y in points])
-    return {"contender": name, "sizes": sorted(x["parameters"] for x in found), "exponent": fit.slope}
+        return math.nan
+    return statistics.linear_regression([x for x, _ in points], [y for _, y in points]).slope
 
 
 FIRST_STEP = """
@@ -252,8 +254,12 @@ def main() -> None:
     if given.json:
         given.json.parent.mkdir(parents=True, exist_ok=True)
         held = json.loads(given.json.read_text()) if given.json.exists() else {}
-        held.setdefault("models", {}).update(results)
-        held["growth"] = growth(held["models"])
+        sizes = held.setdefault("growth", {}).setdefault("models", {})
+        for model, found in results.items():
+            (sizes if model in GROWTH else held.setdefault("models", {}))[model] = found
+        held["growth"]["exponents"] = {
+            name: growth(sizes, name) for name in ("torch AdamW fused", "SOAA compiled")
+        }
         if given.compile_times:
             held.setdefault("compile", {})[given.compile_times] = compile_times(given.compile_times)
         held["machine"] = {
