@@ -3,12 +3,15 @@
 Run: ``python -m tests.benchmarks.curvature_cost --json docs/results/curvature_cost/cpu.json`` (``--only products``,
 ``diagonals``, ``factors`` or ``steps`` for a part, which is written into the file beside the others). Every figure is a
 ratio to one gradient, or one whole AdamW step (forward, backward, fused update), of the same model in the same run;
-repetitions are interleaved, so that a change of the machine's load meets all alike. Medians and quartiles.
+repetitions are interleaved, so that a change of the machine's load meets all alike. Medians and quartiles. Where
+curvlinops and backpack are installed, they are measured beside.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import importlib.util
 import json
 import os
 import platform
@@ -101,9 +104,16 @@ def products(setting: Setting, rounds: int) -> dict[str, dict[str, float]]:
     v = [torch.randn_like(p) for p in model.parameters()]
     operator = estimate(Hessian(), model, loss_fn, [(x, y)])
     gradient = gradient_of(setting)
-    found = compared(
-        {"gradient": gradient, "hessian product, time": lambda: operator.matvec(v)}, "gradient", rounds
-    )
+    work: dict[str, Callable[[], object]] = {
+        "gradient": gradient,
+        "hessian product, time": lambda: operator.matvec(v),
+    }
+    if (peer := found_peer("curvlinops")) is not None:
+        theirs = peer.HessianLinearOperator(
+            model, Flat(), list(model.parameters()), [(x, y)], check_deterministic=False, num_data=len(x)
+        )
+        work["curvlinops: hessian product, time"] = lambda: theirs @ v
+    found = compared(work, "gradient", rounds)
     fresh = Hessian().estimate(Problem(model, loss_fn, [(x, y)]))
     peak = max(peak_bytes(lambda: fresh.matvec(v)) for _ in range(2)) / peak_bytes(gradient)
     return {**found, "hessian product, peak memory": {"ratio": round(peak, 3)}}
@@ -117,6 +127,21 @@ def diagonals(setting: Setting, rounds: int) -> dict[str, dict[str, float]]:
         "gradient": gradient_of(setting),
         "per-sample empirical Fisher": lambda: estimate(estimator, model, loss_fn, [(x, y)]),
     }
+    peer = found_peer("backpack")
+    if peer is not None and isinstance(
+        loss_fn, torch.nn.CrossEntropyLoss
+    ):  # it has no rule for a transformer
+        from backpack import extensions
+
+        extended, extended_loss = peer.extend(copy.deepcopy(model)), peer.extend(torch.nn.CrossEntropyLoss())
+
+        def squares() -> None:
+            with peer.backpack(extensions.SumGradSquared()):
+                extended_loss(extended(x), y).backward()
+            for p in extended.parameters():
+                p.grad = None
+
+        work["backpack: per-sample empirical Fisher"] = squares
     return compared(work, "gradient", rounds)
 
 
@@ -137,9 +162,43 @@ def factors(setting: Setting, rounds: int) -> dict[str, dict[str, float]]:
             graph.release()
 
         both()
-        ratio = compared({"gradient": gradient_of(setting), "both": both}, "gradient", rounds)["both"]
-        found[f"K-FAC factors, {fisher}"] = {key: round(value - 1, 3) for key, value in ratio.items()}
+        work: dict[str, Callable[[], object]] = {"gradient": gradient_of(setting), "both": both}
+        peer = found_peer("curvlinops")
+        if peer is not None and isinstance(loss_fn, torch.nn.CrossEntropyLoss):
+
+            def theirs(peer: Any = peer, fisher: str = fisher) -> None:
+                peer.KFACLinearOperator(
+                    model,
+                    loss_fn,
+                    params,
+                    [(x, y)],
+                    check_deterministic=False,
+                    fisher_type=fisher,
+                    separate_weight_and_bias=False,
+                    num_data=len(x),
+                    num_per_example_loss_terms=1,
+                ).compute_kronecker_factors()
+
+            work["theirs"] = theirs
+        ratios = compared(work, "gradient", rounds)
+        for name, key in (("", "both"), ("curvlinops: ", "theirs")):
+            if key in ratios:
+                on_top = {k: round(value - 1, 3) for k, value in ratios[key].items()}
+                found[f"{name}K-FAC factors, {fisher}"] = on_top
     return found
+
+
+class Flat(torch.nn.CrossEntropyLoss):
+    """Cross-entropy over (…, C) outputs, as a loss that the peers know."""
+
+    def forward(self, outputs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The mean over all positions."""
+        return super().forward(outputs.flatten(0, -2), target.flatten())
+
+
+def found_peer(name: str) -> Any:
+    """A peer library, or ``None`` where it is not installed."""
+    return importlib.import_module(name) if importlib.util.find_spec(name) is not None else None
 
 
 def training_steps(setting: Callable[[], Setting], intervals: int) -> dict[str, dict[str, float]]:
@@ -188,6 +247,9 @@ def main() -> None:
     """Measure, print the table, and write it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--table", type=Path, help="write the table of --json's file there, measuring nothing"
+    )
     parser.add_argument("--only", choices=["products", "diagonals", "factors", "steps"])
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--rounds", type=int, default=11)

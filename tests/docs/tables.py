@@ -63,7 +63,7 @@ def curvature_cost() -> Rows:
     found = measured("curvature_cost")
     rows = [["what", "unit", "GPT", "MLP"]]
     for name, entry in found["gpt"].items():
-        if "ratio" not in entry or name == "gradient":
+        if "ratio" not in entry or name == "gradient" or ": " in name:
             continue
         cells = [found[model].get(name) for model in ("gpt", "mlp")]
         unit = "AdamW's step" if name.startswith("step, ") else "a gradient"
@@ -76,6 +76,26 @@ def interval(entry: dict[str, float] | None) -> str:
         return ""
     spread = f" ({entry['lower']:.2f} to {entry['upper']:.2f})" if "lower" in entry else ""
     return f"{entry['ratio']:.2f}{spread}"
+
+
+def curvature_cost_with_peers() -> Rows:
+    """Time of measuring curvature, its limit, and what a peer took in the same run."""
+    found = measured("curvature_cost")
+    rows = [["what", "model", "gradients", "at most", "peer"]]
+    for name in found["mlp"]:
+        if name == "gradient" or name.startswith("step, ") or ": " in name:
+            continue
+        for model in ("mlp", "gpt"):
+            own = found[model]
+            entry = own.get(name)
+            if entry is None:
+                continue
+            limit = entry.get("limit")
+            told = "" if limit is None else f"{limit:g}" + (", missed" if entry["ratio"] > limit else "")
+            peers = [x for x in own if x.partition(": ")[2] == name]
+            beside = ", ".join(f"{x.partition(': ')[0]} {interval(own[x])}" for x in peers)
+            rows.append([name, model.upper(), interval(entry), told, beside])
+    return rows
 
 
 def step_cost() -> Rows:
@@ -96,6 +116,7 @@ TABLES: dict[str, Callable[[], Rows]] = {
     "explanation/costs_70B.csv": lambda: ranks_at("70B"),
     "explanation/step_cost.csv": step_cost,
     "how_to/curvature_cost.csv": curvature_cost,
+    "results/curvature_cost/table.csv": curvature_cost_with_peers,
 }
 
 
