@@ -131,8 +131,7 @@ def diagonals(setting: Setting, rounds: int) -> dict[str, dict[str, float]]:
     if peer is not None and isinstance(
         loss_fn, torch.nn.CrossEntropyLoss
     ):  # it has no rule for a transformer
-        from backpack import extensions
-
+        extensions = importlib.import_module("backpack.extensions")
         extended, extended_loss = peer.extend(copy.deepcopy(model)), peer.extend(torch.nn.CrossEntropyLoss())
 
         def squares() -> None:
