@@ -50,6 +50,15 @@ def test_rounding_is_to_a_neighbour_and_unbiased() -> None:
         assert abs(float((found - x).double().sum() / variance.sum().sqrt())) < 5.0
 
 
+@pytest.mark.parametrize("part", [0.125, 0.5, 0.875])
+def test_the_part_that_is_cut_off_is_the_probability_of_rounding_up(part: float) -> None:
+    n = 200_000
+    for entry in (0, 1):
+        up = rounded(torch.full((n,), 1.0 + part * 2.0**-7), torch.tensor(11), 0, entry).float() > 1.0
+        # binomial(n, part): 5 standard deviations
+        assert abs(float(up.double().mean()) - part) < 5.0 * (part * (1.0 - part) / n) ** 0.5
+
+
 def test_draws_of_steps_tensors_entries_and_seeds_are_unrelated() -> None:
     n = 100_000
     x = torch.full((n,), 1.0 + 2.0**-8)  # half way
