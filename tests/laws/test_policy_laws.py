@@ -338,6 +338,9 @@ def test_a_rejected_trial_leaves_parameters_buffers_and_random_state_bitwise(nam
         if evaluations % 2 == 0:
             moved.append(any(not torch.equal(p, s) for p, s in zip(model.parameters(), start, strict=True)))
             loss = loss * bad
+            torch.rand(
+                3
+            )  # a trial that draws as many numbers as the first evaluation ends where that one did anyway
         optimizer.backward(loss)
         if evaluations % 2 == 1:
             after_first.update({k: v.clone() for k, v in model.state_dict().items()})
