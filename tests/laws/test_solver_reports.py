@@ -238,3 +238,12 @@ def test_identity_is_never_negative() -> None:
             region.observe(state, tr.StepContext(raw_gradient=g))
         found = region.minimise(state, g, IdentityOperator(g), torch.tensor(1.0, dtype=F64), 0.0, context)
         assert not bool(found.negative_curvature)
+
+
+def test_dogleg_sees_negative_curvature_on_its_plane_where_newtons_step_goes_downhill() -> None:
+    """h = (1, -5), g = (1, 1): gᵀp_B = -0.8 < 0, and gᵀBg = -4."""
+    g = [torch.ones(2, dtype=F64)]
+    with pytest.raises(ValueError, match="the curvature is not positive on the dogleg's plane"):
+        tr.Dogleg().solve(
+            g, DiagonalOperator([torch.tensor([1.0, -5.0], dtype=F64)]), torch.tensor(1.0, dtype=F64)
+        )
