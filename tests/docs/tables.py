@@ -100,7 +100,7 @@ def curvature_cost_with_peers() -> Rows:
 
 def step_cost() -> Rows:
     """Time of a step alone, in units of PyTorch's fused AdamW."""
-    models = measured("step_cost")["models"]
+    models = {name: measured("step_cost")["models"][name] for name in STEP_MODELS}
     names = list(dict.fromkeys(n for model in models.values() for n in model["contenders"]))
     head = ["step", *(f"{name}, {model['parameters'] / 1e6:.1f} M" for name, model in models.items())]
     rows = [head]
@@ -120,6 +120,7 @@ TABLES: dict[str, Callable[[], Rows]] = {
 }
 
 
+STEP_MODELS = ("mlp-1.3M", "gpt-0.8M", "gpt2-12.7M", "gpt2-124M", "flat-50M")
 README = DOCS.parent / "README.md"
 README_MODELS = ("mlp-1.3M", "gpt2-12.7M", "flat-50M")
 README_STEPS = (

@@ -247,7 +247,8 @@ def test_eager_step_takes_the_time_of_what_its_operations_move(name: str) -> Non
 def test_soaa_to_adamw_is_the_ratio_of_their_traffic_at_every_size() -> None:
     flat = (Layer("norm", 1000, bias=False),)
     predicted = cost("soaa", flat).traffic / cost("adamw", flat).traffic
-    for model in MEASURED["models"].values():
+    both = {"SOAA compiled", "AdamW composed, compiled"}
+    for model in (x for x in MEASURED["models"].values() if both <= x["contenders"].keys()):
         times = {name: row["milliseconds"] for name, row in model["contenders"].items()}
         measured = times["SOAA compiled"] / times["AdamW composed, compiled"]
         assert predicted <= measured * 1.1
