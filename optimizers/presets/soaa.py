@@ -32,7 +32,8 @@ class SOAA(SecondOrder):
         scope: ``"global"`` sums over all parameters (the paper's vector form); with ``"tensor"`` every tensor has its
             own s, d and prediction.
         prediction: ``"paper"`` or ``"model"``; see :class:`trust_region.SOAARadius`.
-        fisher_scale: ``"exact"``, or ``"lagged"``: the s of the step before, for which a fused step does not wait.
+        fisher_scale: ``"exact"``, or ``"lagged"``: the s of the step before, for which a fused step does not wait. On
+            digits the loss at the end did not differ beyond its spread over seeds (``docs/results/fisher_scale``).
         maximize: refused, since the ratio compares losses: negate the loss.
         compile: see :class:`SecondOrder`.
 
