@@ -21,6 +21,7 @@ class Pending:
         graphs: their graphs, where the estimator takes products during the step.
         backwards: how many there were.
         measured: how many of them the estimator measured.
+        diverged: whether one of them had a loss that is not finite, which an estimator of outputs does not measure.
         knows_scale: whether the last backward call was given the GradScaler, so that its loss is not scaled.
     """
 
@@ -29,6 +30,7 @@ class Pending:
     graphs: list[LossGraph] = field(default_factory=list)
     backwards: int = 0
     measured: int = 0
+    diverged: bool = False
     knows_scale: bool = False
 
     def add_loss(self, loss: Tensor) -> None:
@@ -51,4 +53,5 @@ class Pending:
         self.graphs = []
         self.backwards = 0
         self.measured = 0
+        self.diverged = False
         self.knows_scale = False

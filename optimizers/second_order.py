@@ -322,8 +322,8 @@ class SecondOrder(torch.optim.Optimizer):
         """What :meth:`backward` does beside the gradient: for every further optimizer over the same loss.
 
         Call it before the one ``backward``, which adds the gradients of all parameters once and frees the graph; with
-        curvature that takes products in the step (:class:`curvature.Hessian`) that needs ``retain_graph=True``. Inside a
-        trial evaluation it does nothing.
+        curvature that takes products in the step (:class:`curvature.Hessian`) that needs ``retain_graph=True``. Inside
+        a trial evaluation it does nothing.
 
         Args:
             loss: a scalar with a graph, not scaled.
@@ -349,18 +349,27 @@ class SecondOrder(torch.optim.Optimizer):
             self._forget()  # the gradients were cleared behind this optimizer's back: so are the observations
         keeps = False
         if self.needs.graph and self._due():
-            graph = LossGraph(loss, self._params, outputs)
-            ranks = find_ranks(self._params, self.process_group)
-            with torch.enable_grad(), ranks.dividing():
-                statistics = self.curvature.measure(self._curvature_state, graph)  # type: ignore[attr-defined]
-            self._pending.add_statistics(statistics)
-            if getattr(self.curvature, "keeps_graph", False):
-                self._pending.graphs.append(graph)
-                keeps = True
-            else:
-                graph.release()
+            keeps = self._measure(loss, outputs)
         self._pending.add_loss(loss)
         return keeps
+
+    def _measure(self, loss: Tensor, outputs: Any) -> bool:
+        """Statistics of the curvature from the loss's graph; whether the graph must live on till the step."""
+        ranks = find_ranks(self._params, self.process_group)
+        # What an estimator proves and draws from outputs makes no sense of NaN, and the step will be skipped. All ranks
+        # pass it over together: those that measure may wait for each other.
+        if self.needs.outputs and not bool(ranks.agree(None, loss.detach().isfinite().all())[1]):
+            self._pending.diverged = True
+            return False
+        graph = LossGraph(loss, self._params, outputs)
+        with torch.enable_grad(), ranks.dividing():
+            statistics = self.curvature.measure(self._curvature_state, graph)  # type: ignore[attr-defined]
+        self._pending.add_statistics(statistics)
+        if getattr(self.curvature, "keeps_graph", False):
+            self._pending.graphs.append(graph)
+            return True
+        graph.release()
+        return False
 
     def _forget(self) -> None:
         """Drop what ``backward`` observed and no step used."""
@@ -437,6 +446,8 @@ class SecondOrder(torch.optim.Optimizer):
         if loss is not None:
             loss = loss.to(params[0].device)
         finite = scale.finite(vectors.all_finite([g for g in gradient if g is not None])).to(params[0].device)
+        if self._pending.diverged:
+            finite = torch.zeros_like(finite)
         loss, finite = ranks.agree(loss, finite)
         if not bool(finite) or (closure is not None and self.needs.trial and not _is_finite(loss)):
             self._skip(loss)
@@ -541,7 +552,7 @@ class SecondOrder(torch.optim.Optimizer):
     def _check_signals(self, loss: Tensor | None) -> None:
         """Say in the first step what is missing, and how to give it."""
         name = type(self.curvature).__name__
-        if self.needs.graph and self._due() and not self._pending.measured:
+        if self.needs.graph and self._due() and not (self._pending.measured or self._pending.diverged):
             argument = "loss, outputs" if self.needs.outputs else "loss"
             raise RuntimeError(
                 f"{name} needs {signal_names(self.needs.graph)}, which only the loss's graph can give: "

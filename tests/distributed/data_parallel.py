@@ -85,6 +85,25 @@ def bad_gradient_on_one_rank_skips_all(folder: Path) -> None:
         assert float(optimizer.step_info.skipped_steps) == 1.0
 
 
+def bad_outputs_on_one_rank_skip_all(folder: Path) -> None:
+    """What looks at outputs measures on no rank then: one that did would wait for the others for ever."""
+    for name in ("kfac", "ekfac"):
+        model = network()
+        parallel = DistributedDataParallel(model)
+        optimizer = build(model, name, lr=0.1, damping="fixed")
+        for step, bad in enumerate((True, False, True, False)):
+            x, y = part(step)
+            before = whole(parallel)
+            optimizer.zero_grad()
+            outputs = parallel(x * float("nan") if bad and dist.get_rank() == 1 else x)
+            loss = nn.functional.cross_entropy(outputs, y)
+            optimizer.backward(loss, outputs)
+            optimizer.step()
+            assert bool(optimizer.step_info.skipped_steps) or not bad
+            moved = [not torch.equal(a, b) for a, b in zip(before, whole(parallel), strict=True)]
+            assert not any(moved) if bad else all(moved)
+
+
 def loss_must_be_given_on_every_rank(folder: Path) -> None:
     model = network()
     optimizer = soaa(DistributedDataParallel(model).parameters())

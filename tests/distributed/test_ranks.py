@@ -13,6 +13,7 @@ pytestmark = pytest.mark.dist
 SAME = [
     "data_parallel.compositions_equal_one_process",
     "data_parallel.bad_gradient_on_one_rank_skips_all",
+    "data_parallel.bad_outputs_on_one_rank_skip_all",
     "fully_sharded.shards_are_uneven_and_empty",
     "fully_sharded.compositions_equal_one_process",
     "differences.equal_one_process",

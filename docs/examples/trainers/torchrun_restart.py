@@ -19,7 +19,7 @@ folder = Path(sys.argv[1])
 die = tuple(map(int, sys.argv[2:4])) if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" else ()
 total = 12
 
-# torchrun's agent keeps one store through all restarts (pytorch#135712): under the same keys a rank may read the address
+# torchrun's agent keeps one store through restarts (pytorch#135712): under the same keys a rank may read the address
 # of one that died, and be refused. On several nodes, whose agents count restarts by themselves, set
 # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in place of the prefix.
 store, rank, world = next(dist.rendezvous("env://"))
