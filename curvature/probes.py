@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
@@ -68,11 +69,24 @@ def probe(
     return drawn
 
 
+FEW = 1 << 12
+"""Signs up to here are a number each: their drawing costs less than taking words apart."""
+
+
 def signs(shape: Sequence[int], dtype: torch.dtype, device: torch.device, random: torch.Generator) -> Tensor:
-    """Independent signs, ±1 with probability ½.
+    """Independent signs, ±1 with probability ½; many of them are the bits of random words.
 
     >>> set(signs((100,), torch.float32, torch.device("cpu"), torch.Generator()).tolist()) == {-1.0, 1.0}
     True
     """
-    bits = torch.randint(0, 2, tuple(shape), generator=random, device=device, dtype=torch.int8)
-    return bits.to(dtype).mul_(2.0).sub_(1.0)
+    count = math.prod(shape)
+    if count <= FEW:
+        bits = torch.randint(0, 2, tuple(shape), generator=random, device=device, dtype=torch.int8)
+        return bits.to(dtype).mul_(2.0).sub_(1.0)
+    # A generator on a CPU draws one number after another: 64 signs a number are a 64th of that time.
+    words = torch.empty(-(-count // 64), dtype=torch.int64, device=device)
+    words.random_(-(1 << 63), None, generator=random)  # all 64 bits; the default leaves the highest at zero
+    octets = words.view(torch.uint8).to(torch.int32)
+    signs_of = (torch.arange(256, device=device).unsqueeze(1) >> torch.arange(8, device=device)) & 1
+    table = signs_of.to(dtype).mul_(2.0).sub_(1.0)
+    return table.index_select(0, octets).reshape(-1)[:count].reshape(tuple(shape))
