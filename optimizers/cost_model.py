@@ -192,6 +192,7 @@ class _Preset:
         trial: passes through the model to judge a trial, in gradients (a forward pass is a third).
         gradients: passes through the model to measure curvature, a step.
         reduced: vectors reduced over ranks a step, beside factors and products.
+        outputs: how often a step looks at the model's outputs, which ranks do only where every loss is finite.
         shardable: whether it works on shards.
         factors: what kind.
     """
@@ -206,6 +207,7 @@ class _Preset:
     trial: float = 0.0
     gradients: float = 0.0
     reduced: float = 0.0
+    outputs: float = 0.0
     shardable: bool = False
     factors: Literal["", "kfac", "ekfac", "shampoo", "soap"] = ""
 
@@ -216,7 +218,7 @@ _ADAM = _Preset(2, 2, 12, passes_over=8, shardable=True)
 _BY_PRODUCTS = _Preset(0, 1, 8, passes_over=8, per_product=10, trial=1 / 3)
 _MEMORY = _Preset(22, 1, 8 + 80, passes_over=12, per_product=10 + 42, by_model=False, trial=1 / 3)
 _KRONECKER = _Preset(
-    1, 2, 16, passes_over=15, passes_over_factors=5.1, gradients=2 / 3, trial=1 / 3, factors="kfac"
+    1, 2, 16, passes_over=15, passes_over_factors=5.1, gradients=2 / 3, trial=1 / 3, outputs=1, factors="kfac"
 )
 PRESETS: dict[str, _Preset] = {
     "adahessian": replace(_ADAM, passes_over=12, gradients=2, reduced=1, shardable=False),
@@ -226,18 +228,18 @@ PRESETS: dict[str, _Preset] = {
     "arc": replace(_BY_PRODUCTS, per_product=12),
     "cat": replace(_BY_PRODUCTS, trial=1.0),
     "ekfac": replace(_KRONECKER, passes_over=19, factors="ekfac"),
-    "hessian-free": replace(_BY_PRODUCTS, whole=16),
+    "hessian-free": replace(_BY_PRODUCTS, whole=16, outputs=1),
     "kfac": _KRONECKER,
     "lamb": replace(_ADAM, passes_over=11, shardable=False),
     "lars": _Preset(1, 1, 12, passes_over=7),
     "lbfgs-trust-region": _MEMORY,
     "lsr1-trust-region": _MEMORY,
     "muon": _Preset(1, 1, 12, passes_over=14),
-    "natural-gradient": replace(_BY_PRODUCTS, whole=12),
+    "natural-gradient": replace(_BY_PRODUCTS, whole=12, outputs=1),
     "shampoo": _Preset(2, 5, 12, passes_over=20, passes_over_factors=4.2, factors="shampoo"),
     "soaa": replace(_ADAM, whole=24, passes_over=9),
     "soap": _Preset(2, 2, 12, passes_over=18, passes_over_factors=5.2, factors="soap"),
-    "sophia-g": _Preset(2, 2, 12, passes_over=7.4, gradients=1 / 15, reduced=0.1),
+    "sophia-g": _Preset(2, 2, 12, passes_over=7.4, gradients=1 / 15, reduced=0.1, outputs=0.1),
     "sophia-h": _Preset(2, 2, 12, passes_over=7.6, gradients=0.2, reduced=0.1),
     "tadam": _Preset(4, 3, 32, passes_over=16, shardable=True),
     "trust-region-newton": _BY_PRODUCTS,
@@ -316,7 +318,7 @@ def cost(
 
 def _agreed(row: _Preset) -> float:
     """Bytes of the numbers that ranks agree on: the loss, its count, finiteness; the loss at a trial point."""
-    return 24.0 + (4.0 if row.trial else 0.0)
+    return 24.0 + (4.0 if row.trial else 0.0) + 4.0 * row.outputs
 
 
 def _factors(kind: str, layer: Layer) -> _Factors:

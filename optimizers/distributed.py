@@ -91,6 +91,12 @@ class Ranks:
             raise RuntimeError("some ranks gave the step a loss and this one none: give it on every rank")
         return None, failed == 0
 
+    def all(self, flag: Tensor) -> bool:
+        """Whether the flag, 0-d bool, is set on every rank: the same answer on all."""
+        if not self.groups:
+            return bool(flag)
+        return bool(self.sum_((~flag).to(torch.float32)) == 0)
+
     def mean_statistics_(self, statistics: Statistics) -> None:
         """Average statistics over ranks, in place, one all-reduce a dtype and device."""
         if not self.groups:

@@ -358,7 +358,7 @@ class SecondOrder(torch.optim.Optimizer):
         ranks = find_ranks(self._params, self.process_group)
         # What an estimator proves and draws from outputs makes no sense of NaN, and the step will be skipped. All ranks
         # pass it over together: those that measure may wait for each other.
-        if self.needs.outputs and not bool(ranks.agree(None, loss.detach().isfinite().all())[1]):
+        if self.needs.outputs and not ranks.all(loss.detach().isfinite().all()):
             self._pending.diverged = True
             return False
         graph = LossGraph(loss, self._params, outputs)

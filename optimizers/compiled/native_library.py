@@ -56,7 +56,7 @@ def library() -> ctypes.CDLL:
         path = directory / name
         try:
             if not path.exists():
-                directory.mkdir(parents=True, exist_ok=True)
+                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
                 _compile(command, path)
             return ctypes.CDLL(str(path))
         except OSError:  # a cache that cannot be written to, or from which nothing can be loaded
