@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import importlib
 import importlib.util
 import inspect
@@ -10,8 +11,10 @@ import shutil
 import tomllib
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
+from sphinx.errors import ExtensionError
 from sphinx.ext.napoleon import GoogleDocstring
 from sphinx.util import logging
 
@@ -212,10 +215,49 @@ def check_public_names(app: Sphinx, env: BuildEnvironment) -> None:
                 )
 
 
+def only_true_backlinks(app: Sphinx) -> list[Any]:
+    """Links from a source page to the reference, only where the reference has that name.
+
+    Sphinx's viewcode knows one prefix a module, so a class that is documented under its module's name, beside others that
+    are documented under their package's, would be sought under the wrong one.
+    """
+    modules: dict[str, Any] = getattr(app.env, "_viewcode_modules", {})
+    objects = app.env.get_domain("py").objects  # type: ignore[attr-defined]
+    modules.pop("builtins", None)
+    for entry in modules.values():
+        if entry:
+            _, _, used, prefix = entry
+            for name in [n for n in used if f"{prefix}.{n}" not in objects]:
+                del used[name]
+    return []
+
+
+def check_links(app: Sphinx, exception: Exception | None) -> None:
+    """Raise where a link of the built site leads to a page or a place in it that does not exist."""
+    if exception is not None or app.builder.name != "html":
+        return
+    text = {page: page.read_text(encoding="utf-8") for page in sorted(Path(app.outdir).rglob("*.html"))}
+    places = {page: set(re.findall(r'\bid="([^"]+)"', content)) for page, content in text.items()}
+    dead = []
+    for page, content in text.items():
+        for link in set(re.findall(r'\bhref="([^"]+)"', content)):
+            if re.match(r"[a-z]+:", link):
+                continue
+            path, _, place = unquote(html.unescape(link)).partition("#")
+            path = path.partition("?")[0]
+            target = (page.parent / path).resolve() if path else page
+            if not target.exists() or (place and place not in places.get(target, {place})):
+                dead.append(f"{page.relative_to(app.outdir)}: {link}")
+    if dead:
+        raise ExtensionError(f"{len(dead)} links lead nowhere:\n" + "\n".join(dead[:20]))
+
+
 def setup(app: Sphinx) -> None:
     """Entry point of Sphinx."""
     app.connect("autodoc-process-docstring", escape_mathematics)
     app.connect("env-check-consistency", check_public_names)
     pack_inventories()
     GoogleDocstring._consume_inline_attribute = whole_attribute_docstring
+    app.connect("html-collect-pages", only_true_backlinks, priority=100)  # before viewcode writes its pages
     app.connect("build-finished", copy_mathjax)
+    app.connect("build-finished", check_links, priority=900)
