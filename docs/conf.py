@@ -215,21 +215,25 @@ def check_public_names(app: Sphinx, env: BuildEnvironment) -> None:
                 )
 
 
-def only_true_backlinks(app: Sphinx) -> list[Any]:
-    """Links from a source page to the reference, only where the reference has that name.
+def forget_builtins(app: Sphinx) -> list[Any]:
+    """No source page for Python's own names, which viewcode lists and cannot write."""
+    getattr(app.env, "_viewcode_modules", {}).pop("builtins", None)
+    return []
+
+
+def mend_backlinks(app: Sphinx, page: str, template: str, context: dict[str, Any], tree: Any) -> None:
+    """Links from a source page to the reference under the name that the reference has.
 
     Sphinx's viewcode knows one prefix a module, so a class that is documented under its module's name, beside others that
-    are documented under their package's, would be sought under the wrong one.
+    are documented under their package's, is sought under the wrong one.
     """
-    modules: dict[str, Any] = getattr(app.env, "_viewcode_modules", {})
-    objects = app.env.get_domain("py").objects  # type: ignore[attr-defined]
-    modules.pop("builtins", None)
-    for entry in modules.values():
-        if entry:
-            _, _, used, prefix = entry
-            for name in [n for n in used if f"{prefix}.{n}" not in objects]:
-                del used[name]
-    return []
+    module = page.removeprefix("_modules/").replace("/", ".")
+    entry = getattr(app.env, "_viewcode_modules", {}).get(module) if page.startswith("_modules/") else None
+    if entry:
+        objects, prefix = app.env.get_domain("py").objects, entry[3]  # type: ignore[attr-defined]
+        for name in entry[2]:
+            if f"{prefix}.{name}" not in objects:
+                context["body"] = context["body"].replace(f'#{prefix}.{name}"', f'#{module}.{name}"')
 
 
 def check_links(app: Sphinx, exception: Exception | None) -> None:
@@ -258,6 +262,7 @@ def setup(app: Sphinx) -> None:
     app.connect("env-check-consistency", check_public_names)
     pack_inventories()
     GoogleDocstring._consume_inline_attribute = whole_attribute_docstring
-    app.connect("html-collect-pages", only_true_backlinks, priority=100)  # before viewcode writes its pages
+    app.connect("html-collect-pages", forget_builtins, priority=100)  # before viewcode writes its pages
+    app.connect("html-page-context", mend_backlinks)
     app.connect("build-finished", copy_mathjax)
     app.connect("build-finished", check_links, priority=900)
