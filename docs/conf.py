@@ -224,16 +224,17 @@ def forget_builtins(app: Sphinx) -> list[Any]:
 def mend_backlinks(app: Sphinx, page: str, template: str, context: dict[str, Any], tree: Any) -> None:
     """Links from a source page to the reference under the name that the reference has.
 
-    Sphinx's viewcode knows one prefix a module, so a class that is documented under its module's name, beside others that
-    are documented under their package's, is sought under the wrong one.
+    Sphinx's viewcode knows one prefix a module, so a class that is documented under its module's name, beside others
+    that are documented under their package's, is sought under the wrong one.
     """
     module = page.removeprefix("_modules/").replace("/", ".")
     entry = getattr(app.env, "_viewcode_modules", {}).get(module) if page.startswith("_modules/") else None
     if entry:
         objects, prefix = app.env.get_domain("py").objects, entry[3]  # type: ignore[attr-defined]
         for name in entry[2]:
-            if f"{prefix}.{name}" not in objects:
-                context["body"] = context["body"].replace(f'#{prefix}.{name}"', f'#{module}.{name}"')
+            known = [o for o in objects if o.endswith(f".{name}") and module.startswith(o.removesuffix(f".{name}"))]
+            if known and f"{prefix}.{name}" not in known:
+                context["body"] = context["body"].replace(f'#{prefix}.{name}"', f'#{known[0]}"')
 
 
 def check_links(app: Sphinx, exception: Exception | None) -> None:
