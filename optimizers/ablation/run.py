@@ -164,6 +164,7 @@ def isolated(config: RunConfig) -> Iterator[None]:
 class _Curve:
     step: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
     train_loss: list[float] = field(default_factory=list)
     validation_loss: list[float] = field(default_factory=list)
     validation_metric: list[float] = field(default_factory=list)
@@ -191,7 +192,10 @@ class _Run:
         self.trace: dict[str, list[Tensor]] = {}
         self.batch_losses: list[Tensor] = []
         self.seconds = 0.0
+        # of this process, all threads: what other work on the machine, and a pause, leave alone
+        self.cpu_seconds = 0.0
         self.segments: list[float] = []  # seconds a step, between evaluations
+        self.cpu_segments: list[float] = []
         self.steps_done = 0
 
     def train(self) -> Generator[None, None, None]:
@@ -203,7 +207,7 @@ class _Run:
         for first, last in itertools.pairwise(stops):
             self.model.train()
             self._synchronize()
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             for step in range(first, last):
                 inputs, target = next(batches)
                 self.set_rate(step)
@@ -213,9 +217,11 @@ class _Run:
                 self.batch_losses.append(loss)
                 self._record(step, every)
             self._synchronize()
-            elapsed = time.perf_counter() - start
+            elapsed, cpu_elapsed = time.perf_counter() - start, time.process_time() - cpu_start
             self.seconds += elapsed
+            self.cpu_seconds += cpu_elapsed
             self.segments.append(elapsed / (last - first))
+            self.cpu_segments.append(cpu_elapsed / (last - first))
             self.steps_done = last
             self._evaluate()
             self.progress(last)
@@ -265,6 +271,7 @@ class _Run:
         validation_loss, validation_metric = self._measure("validation", limit)
         self.curve.step.append(self.steps_done)
         self.curve.seconds.append(self.seconds)
+        self.curve.cpu_seconds.append(self.cpu_seconds)
         self.curve.train_loss.append(train_loss)
         self.curve.validation_loss.append(validation_loss)
         self.curve.validation_metric.append(validation_metric)
@@ -294,6 +301,8 @@ class _Run:
             "validation_metric": validation_metric,
             "seconds": self.seconds,
             "seconds_per_step": sorted(self.segments)[len(self.segments) // 2],
+            "cpu_seconds": self.cpu_seconds,
+            "cpu_seconds_per_step": sorted(self.cpu_segments)[len(self.cpu_segments) // 2],
             "state_bytes": state_bytes(self.optimizer),
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "learning_rate": self.base_rates[0],

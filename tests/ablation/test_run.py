@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
 import math
+import time
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from torch import nn
 
 from optimizers.ablation import AblationError, Cell, RunConfig, TensorData, Workload, workload
+from optimizers.ablation import run as run_module
 from optimizers.ablation.adapter import build, judges_trials, step_function
 from optimizers.ablation.run import check, state_bytes, train
 from optimizers.ablation.schedule import factor
@@ -21,7 +24,7 @@ def _config(cell: str = "torch-adamw", **changes: Any) -> RunConfig:
 
 
 def _numbers(record: dict[str, Any]) -> dict[str, Any]:
-    clock = ("seconds", "seconds_per_step")
+    clock = ("seconds", "seconds_per_step", "cpu_seconds", "cpu_seconds_per_step")
     result = {name: value for name, value in record["result"].items() if name not in clock}
     curve = {name: value for name, value in record["curve"].items() if name not in clock}
     return {"result": result, "curve": curve, "trace": record["trace"], "key": record["key"]}
@@ -57,6 +60,27 @@ def test_two_runs_with_one_seed_give_the_same_numbers_bit_for_bit(cell: str) -> 
     assert repr(_numbers(first)) == repr(_numbers(second))
     other = train(_config(cell, steps=1, evaluations=1, read_test=False, seed=1))
     assert repr(_numbers(first)["curve"]["train_loss"][0]) != repr(other["curve"]["train_loss"][0])
+
+
+def test_processor_time_counts_training_and_neither_a_pause_nor_an_evaluation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ticks = iter(range(1000))
+    monkeypatch.setattr(run_module.time, "process_time", lambda: float(next(ticks)))
+    record = train(_config(steps=8, evaluations=4, read_test=False))
+    # read before and after each of 4 segments of 2 steps: a second a segment, whatever the wall clock says
+    assert record["curve"]["cpu_seconds"] == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert record["result"]["cpu_seconds"] == 4.0
+    assert record["result"]["cpu_seconds_per_step"] == 0.5
+    monkeypatch.undo()
+    problem = workload.get("digits")
+    asleep = dataclasses.replace(
+        problem, loss=lambda outputs, target: (time.sleep(0.02), problem.loss(outputs, target))[1]
+    )
+    monkeypatch.setattr(workload, "get", lambda name: asleep)
+    record = train(_config(steps=8, evaluations=4, read_test=False))
+    assert record["result"]["seconds"] >= 8 * 0.02
+    assert record["result"]["cpu_seconds"] <= record["result"]["seconds"] - 7 * 0.02
 
 
 def test_cells_of_one_seed_start_at_one_point_and_see_the_same_batches() -> None:
