@@ -18,14 +18,14 @@ from optimizers.checks import check_group
 from optimizers.sharding import local, stored
 
 if TYPE_CHECKING:
-    from optimizers.second_order import SecondOrder
+    from optimizers.composed import Composed
 
 LATER_ENTRIES = ("skipped_steps",)
 """State entries that a checkpoint may lack: they start as in a new optimizer."""
 
 
 def checked(
-    optimizer: SecondOrder, state_dict: Mapping[str, Any]
+    optimizer: Composed, state_dict: Mapping[str, Any]
 ) -> tuple[list[dict[str, Any]], dict[Tensor, dict[str, Any]]]:
     """The groups and the state that ``state_dict`` describes, as ``optimizer`` would hold them; changes nothing.
 
@@ -62,7 +62,7 @@ def checked(
     return groups, entries
 
 
-def checked_groups(optimizer: SecondOrder, saved: Sequence[Any]) -> list[dict[str, Any]]:
+def checked_groups(optimizer: Composed, saved: Sequence[Any]) -> list[dict[str, Any]]:
     """The saved groups with this optimizer's parameters in them; options that they lack take their defaults."""
     present = optimizer.param_groups
     for group in saved:
