@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -101,7 +102,8 @@ def summary(kind: str, name: str) -> str:
     if kind == "optimizers" and name in baselines.BASELINES:
         return baselines.BASELINES[name][1]
     text = inspect.getdoc(_factory(kind, name)) or ""
-    return text.partition("\n")[0]
+    # what marks up the pages says nothing in a terminal: ``step(closure)``, :class:`Box`
+    return re.sub(r"(:\w+:)?`+~?([^`]*)`+", r"\2", text.partition("\n")[0])
 
 
 def _factory(kind: str, name: str) -> Callable[..., object] | None:

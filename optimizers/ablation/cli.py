@@ -45,6 +45,26 @@ def main() -> None:
         sys.exit(2)
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from optimizers.ablation import environment
+
+        installed = {name: environment.version(name) for name in ("soaa", "torch", "optuna")}
+        console.print(
+            ", ".join(f"{name} {version or 'not installed'}" for name, version in installed.items())
+        )
+        raise typer.Exit
+
+
+@app.callback()
+def _command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show versions and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
     try:
@@ -80,7 +100,7 @@ def ablate(
         str | None, typer.Option("--config", help="The same as CONFIG.", show_default=False)
     ] = None,
     workload: Annotated[
-        str | None, typer.Option("--workload", "-w", help="See soaa list.  [default: digits]")
+        str | None, typer.Option("--workload", "-w", help="See soaa list.  (default: digits)")
     ] = None,
     optimizer: Annotated[
         list[str] | None,
@@ -94,32 +114,57 @@ def ablate(
     ] = None,
     lr: Annotated[
         str | None,
-        typer.Option("--lr", help="Learning rates, a,b,c.  [default: three around each typical one]"),
+        typer.Option("--lr", help="Learning rates, a,b,c.  (default: four in each written range)"),
     ] = None,
     seeds: Annotated[
-        str | None, typer.Option("--seeds", help="How many, or which: 5 or 0,7,8.  [default: 3]")
+        str | None, typer.Option("--seeds", help="How many, or which: 5 or 0,7,8.  (default: 3)")
     ] = None,
     steps: Annotated[
-        int | None, typer.Option("--steps", help="Training steps.  [default: the workload's]")
+        int | None, typer.Option("--steps", help="Training steps.  (default: the workload's)")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", help="[default: the workload's]")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", help="Samples a step.  (default: the workload's)")
+    ] = None,
     tune: Annotated[
         int | None,
-        typer.Option("--tune", help="Trials a cell in the written search space.  [default: 0]"),
+        typer.Option("--tune", help="Trials a cell in the written search space.  (default: 0, no tuning)"),
+    ] = None,
+    tune_seed: Annotated[
+        int | None, typer.Option("--tune-seed", help="Seed of the trials, none of --seeds.  (default: 1000)")
+    ] = None,
+    extensions: Annotated[
+        int | None,
+        typer.Option("--extensions", help="How often a search goes on beyond an edge.  (default: 2)"),
     ] = None,
     interleave: Annotated[
-        bool | None, typer.Option("--interleave", help="Cells take turns, for times to be compared.")
+        bool | None,
+        typer.Option("--interleave/--no-interleave", help="Cells take turns, for times to be compared."),
     ] = None,
-    schedule: Annotated[str | None, typer.Option("--schedule", help="constant or cosine.")] = None,
-    warmup: Annotated[float | None, typer.Option("--warmup", help="Fraction of the steps.")] = None,
-    evaluations: Annotated[int | None, typer.Option("--evaluations", help="Points of a curve.")] = None,
-    threads: Annotated[int | None, typer.Option("--threads", help="Of PyTorch in each run.")] = None,
-    workers: Annotated[int | None, typer.Option("--workers", help="Runs at the same time.")] = None,
-    device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...")] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, float64, bfloat16.")] = None,
+    schedule: Annotated[
+        str | None, typer.Option("--schedule", help="constant or cosine.  (default: constant)")
+    ] = None,
+    warmup: Annotated[
+        float | None, typer.Option("--warmup", help="Fraction of the steps.  (default: 0.0)")
+    ] = None,
+    evaluations: Annotated[
+        int | None, typer.Option("--evaluations", help="Points of a curve.  (default: 20)")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", help="Of PyTorch in each run.  (default: 1)")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", help="Runs at the same time.  (default: 1)")
+    ] = None,
+    device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...  (default: cpu)")] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32, float64, bfloat16.  (default: float32)")
+    ] = None,
     storage: Annotated[
         str | None,
-        typer.Option("--storage", help="Study database to share runs through, sqlite:///FILE or other."),
+        typer.Option(
+            "--storage",
+            help="Study database that shares runs: sqlite:///FILE, postgresql://... or mysql://...",
+        ),
     ] = None,
     out: Annotated[Path, typer.Option("--out", help="Results folder; the same folder continues.")] = Path(
         "soaa-results"
@@ -141,6 +186,8 @@ def ablate(
         "steps": steps,
         "batch_size": batch_size,
         "tune": tune,
+        "tune_seed": tune_seed,
+        "extensions": extensions,
         "interleave": interleave,
         "schedule": schedule,
         "warmup": warmup,

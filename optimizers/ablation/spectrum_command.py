@@ -259,7 +259,7 @@ def spectrum(
     checkpoint: Annotated[
         Path | None,
         typer.Option(
-            "--checkpoint", help="A state_dict file.  [default: the initial model]", show_default=False
+            "--checkpoint", help="A state_dict file.  (default: the initial model)", show_default=False
         ),
     ] = None,
     curvature: Annotated[

@@ -31,14 +31,14 @@ def main(folder: str) -> None:
 
     def listen() -> None:
         for line in sys.stdin:
+            busy.set()  # from here on: between taking a task and beginning it the input may end as well
             tasks.put(json.loads(line))
-        if busy.is_set() or not tasks.empty():
+        if busy.is_set():
             os._exit(1)  # the input of a busy worker ends only when its parent has died
         tasks.put(None)
 
     threading.Thread(target=listen, daemon=True).start()
     while (task := tasks.get()) is not None:
-        busy.set()
         config = RunConfig.from_dict(task)
         try:
             _say(output, step=0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import optimizers
-from optimizers.ablation import cli, workload
+from optimizers.ablation import Ablation, cli, workload
 from optimizers.ablation.config_file import studies
 
 Soaa = Callable[..., tuple[int, str, str]]
@@ -72,6 +74,35 @@ def test_list_names_everything_with_a_line_on_each(soaa: Soaa) -> None:
     ):
         assert name in listed, name
         assert len(listed[name]) > 3, name  # not without a summary
+    assert "`" not in out  # what marks up the pages
+
+
+def test_help_says_what_every_option_is_by_default_and_every_key_of_a_file_has_one(soaa: Soaa) -> None:
+    code, out, _ = soaa("ablate", "--help")
+    assert code == 0
+    for field in dataclasses.fields(Ablation):
+        if field.name in ("cells", "learning_rates", "optimizers", "curvature", "trust_region", "storage"):
+            continue  # lists of tables, and those whose option has another name or an empty default
+        option = "--" + field.name.replace("_", "-")
+        (line,) = (line for line in out.splitlines() if re.match(rf"\W*{option}[ /,]", line))
+        default = {"steps": "the workload's", "batch_size": "the workload's", "interleave": "--no-interleave"}
+        assert str(default.get(field.name, field.default)) in line, line
+    assert "(default: four in each written range)" in out
+
+
+def test_a_file_that_takes_turns_can_be_told_not_to(soaa: Soaa, tmp_path: Path) -> None:
+    (tmp_path / "turns.toml").write_text('optimizers = ["torch-sgd"]\ninterleave = true\ntune = 3\n')
+    words = ("--no-interleave", "--tune-seed", "7", "--extensions", "0", "--seeds", "1", "--steps", "1")
+    assert soaa("ablate", "turns.toml", *words, "--evaluations", "1", "--out", "out")[0] == 0
+    written = json.loads((tmp_path / "out" / "configuration.json").read_text())
+    assert (written["interleave"], written["tune_seed"], written["extensions"]) == (False, 7, 0)
+    assert len(list((tmp_path / "out" / "runs").iterdir())) == 3 + 1
+
+
+def test_version_is_one_line(soaa: Soaa) -> None:
+    code, out, _ = soaa("--version")
+    assert code == 0
+    assert re.fullmatch(r"soaa \S.*, torch \d\S*, optuna \d\S*\n", out)
 
 
 def test_the_command_line_overrides_the_file(soaa: Soaa, tmp_path: Path) -> None:

@@ -152,6 +152,26 @@ def test_width_of_the_range_within_five_percent(losses: dict[float, float], deca
     assert measures.rate_width(losses) == pytest.approx(decades)
 
 
+@given(st.lists(st.floats(0.9, 1.2) | st.just(math.inf), min_size=1, max_size=7))
+def test_width_is_that_of_the_widest_unbroken_run_of_good_rates_around_the_best(losses: list[float]) -> None:
+    by_rate = {10.0 ** (0.5 * i - 4): loss for i, loss in enumerate(losses)}
+    least = min(losses)
+    # written out: of all intervals of rates that hold the first best and nothing bad, the widest
+    best = losses.index(least)
+    written = max(
+        (
+            0.5 * (last - first)
+            for first in range(best + 1)
+            for last in range(best, len(losses))
+            if all(loss <= 1.05 * least for loss in losses[first : last + 1])
+        ),
+        default=math.nan,
+    )
+    if math.isinf(least):
+        written = math.nan
+    assert measures.rate_width(by_rate) == pytest.approx(written, nan_ok=True)
+
+
 def test_width_where_everything_diverged_is_no_number() -> None:
     assert math.isnan(measures.rate_width({0.1: math.inf}))
 

@@ -3,53 +3,32 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from optimizers.ablation import Ablation, RunConfig, ablate
 from optimizers.ablation.results import COLUMNS
+from tests.ablation.processes import HAS_PROC, ROOT, children, ended, forked, soaa, until
 
-ROOT = Path(__file__).parents[2]
+ABLATION = Ablation(
+    optimizers=("torch-sgd", "torch-adamw"), learning_rates=(0.003, 0.01), seeds=2, steps=100, evaluations=3
+)
 RUNS = 8
-COMMAND = [
-    sys.executable, "-m", "optimizers.ablation", "ablate", "-o", "torch-sgd,torch-adamw", "--lr", "0.003,0.01",
-    "--seeds", "2", "--steps", "300", "--evaluations", "3",
+WORDS = [
+    "ablate", "-o", "torch-sgd,torch-adamw", "--lr", "0.003,0.01", "--seeds", "2", "--steps", "100",
+    "--evaluations", "3", "--out", "out",
 ]  # fmt: skip
-
-
-def _start(out: Path, *more: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*COMMAND, "--out", str(out), *more],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=out.parent,
-        env=environment,
-        # A job that a shell started in the background ignores SIGINT, and so would all its children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-
-
-def _finish(out: Path, *more: str) -> None:
-    with _start(out, *more) as process:
-        output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, output + errors
+needs_proc = pytest.mark.skipif(not HAS_PROC, reason="finds worker processes through /proc")
 
 
 def _files(out: Path) -> list[Path]:
     return sorted((out / "runs").glob("*.json"))
-
-
-def _wait_for(out: Path, count: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 60
-    while len(_files(out)) < count and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
 
 
 def _table(out: Path) -> list[dict[str, str]]:
@@ -60,9 +39,7 @@ def _table(out: Path) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("whole") / "out"
-    _finish(out)
-    return out
+    return ablate(ABLATION, tmp_path_factory.mktemp("whole") / "out").folder
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL], ids=["SIGINT", "SIGKILL"])
@@ -70,8 +47,8 @@ def test_interrupted_and_continued_gives_the_same_table(
     tmp_path: Path, uninterrupted: Path, kind: int
 ) -> None:
     out = tmp_path / "out"
-    with _start(out) as process:
-        _wait_for(out, 3, process)
+    with soaa(WORDS, tmp_path) as process:
+        assert until(lambda: len(_files(out)) >= 3 or process.poll() is not None, 120)
         process.send_signal(kind)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == (130 if kind == signal.SIGINT else -signal.SIGKILL)
@@ -80,60 +57,69 @@ def test_interrupted_and_continued_gives_the_same_table(
     assert 3 <= len(before) < RUNS
     assert not (out / "table.csv").exists()
 
-    _finish(out)
+    ablate(ABLATION, out)  # what the same command does
     assert {path.name: path.stat().st_mtime_ns for path in _files(out) if path.name in before} == before
     assert [path.name for path in _files(out)] == [path.name for path in _files(uninterrupted)]
     assert _table(out) == _table(uninterrupted)
     assert list(out.rglob("*.tmp")) == []
 
 
-def _children(process: subprocess.Popen[str]) -> list[int]:
-    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    return [int(word) for word in path.read_text().split()] if path.exists() else []
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds worker processes through /proc")
+@needs_proc
 def test_killed_workers_are_replaced_and_nothing_is_counted_twice(
     tmp_path: Path, uninterrupted: Path
 ) -> None:
     out = tmp_path / "out"
-    killed = 0
-    with _start(out, "--workers", "2") as process:
-        _wait_for(out, 1, process)
-        for _ in range(2):
-            children = _children(process)
-            if children:
-                os.kill(children[-1], signal.SIGKILL)
-                killed += 1
-            time.sleep(0.3)
-        output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, output + errors
-    assert killed == 2
+    process = forked(lambda: ablate(Ablation(**{**vars(ABLATION), "workers": 2}), out))
+    killed: set[int] = set()
+    for _ in range(2):  # the first while it starts, the second when there are results
+        assert until(lambda: set(children(process)) - killed)
+        victim = max(set(children(process)) - killed)
+        os.kill(victim, signal.SIGKILL)
+        killed.add(victim)
+        assert until(lambda: _files(out))
+    assert ended(process) == 0
+    assert len(killed) == 2
     assert [path.name for path in _files(out)] == [path.name for path in _files(uninterrupted)]
     assert _table(out) == _table(uninterrupted)
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds worker processes through /proc")
+@needs_proc
 def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with _start(out, "--workers", "2", "--steps", "100000") as process:
-        deadline = time.monotonic() + 30
-        while len(_children(process)) < 2 and time.monotonic() < deadline:
-            time.sleep(0.05)
-        time.sleep(3)  # until they train
-        children = _children(process)
-        assert len(children) == 2
-        process.kill()
-        process.communicate(timeout=30)
-    deadline = time.monotonic() + 10
-    while any(_alive(child) for child in children) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(_alive(child) for child in children)
+    endless = Ablation(**{**vars(ABLATION), "workers": 2, "steps": 10**6, "evaluations": 10**5})
+    seen = tmp_path / "seen"
+    seen.mkdir()
+
+    def note(run: RunConfig, step: int) -> None:
+        if step:
+            (seen / run.key).touch()
+
+    started: list[int] = []
+    process = forked(lambda: ablate(endless, out, note))
+    try:
+        assert until(lambda: len(list(seen.iterdir())) == 2, 120)  # both train
+        started = children(process)
+        assert len(started) == 2
+    finally:
+        os.kill(process, signal.SIGKILL)
+        ended(process)
+    assert until(lambda: not any(_alive(child) for child in started), 30)
+
+
+def test_a_worker_whose_parent_died_before_it_looked_makes_no_run(tmp_path: Path) -> None:
+    """Its first run and the end of its input are there at once; it must not train on alone."""
+    run = RunConfig.from_dict({**ABLATION.runs()[0].as_dict(), "steps": 10**6})
+    done = subprocess.run(
+        [sys.executable, "-m", "optimizers.ablation.worker", str(tmp_path)],
+        input=json.dumps(run.as_dict()).encode() + b"\n", capture_output=True, timeout=120, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert _files(tmp_path) == []
 
 
 def _alive(process: int) -> bool:
-    status = Path(f"/proc/{process}/status")
     try:
-        return "State:\tZ" not in status.read_text()
+        return "State:\tZ" not in Path(f"/proc/{process}/status").read_text()
     except OSError:
         return False

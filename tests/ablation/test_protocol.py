@@ -1,19 +1,25 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import scipy.stats
+import torch
 
-from optimizers.ablation import Ablation, AblationError, Cell, RunConfig, ablate, read_outcome
+from optimizers.ablation import Ablation, AblationError, Cell, RunConfig, ablate, read_outcome, workload
 from optimizers.ablation import protocol as protocol_module
+from optimizers.ablation import run as run_module
+from optimizers.ablation.interleave import train_in_turns
 from optimizers.ablation.protocol import Protocol, samples
 from optimizers.ablation.space import Dimension, quasi_random, space
 from optimizers.ablation.store import Store
+from optimizers.ablation.workload import Batch, Data, Split
 
 TUNED = Ablation(optimizers=("torch-sgd", "torch-adamw", "kfac:damping=fixed"), tune=4, seeds=2, steps=5)
 
@@ -70,6 +76,23 @@ def test_points_are_a_sobol_sequence_in_the_logarithm_of_the_written_range() -> 
     assert [int(u * 8) for u in unit] == list(range(8))
     reference = scipy.stats.qmc.Sobol(1, scramble=True, seed=0).random(8)
     assert unit == pytest.approx(sorted(reference[:, 0]), abs=1e-3)
+
+
+def test_cells_of_one_space_try_the_same_points_and_others_the_same_places_of_theirs() -> None:
+    cells = ("torch-adamw", "soaa", "tadam", "torch-sgd", "soap")
+    ablation = Ablation(optimizers=cells, tune=6, seeds=1, steps=5)
+    rates: dict[str, list[float]] = {name: [] for name in cells}
+    for run in ablation.runs():
+        assert run.learning_rate is not None
+        rates[run.cell.name].append(run.learning_rate)
+    assert rates["torch-adamw"] == rates["soaa"] == rates["tadam"]
+    places = []
+    for name in ("torch-adamw", "torch-sgd", "soap"):
+        (dimension,) = space(Cell(name))
+        decades = math.log(dimension.high / dimension.low)
+        places.append([math.log(rate / dimension.low) / decades for rate in rates[name]])
+    assert places[0] == pytest.approx(places[1], abs=1e-3)  # values have 4 digits
+    assert places[0] == pytest.approx(places[2], abs=1e-3)
 
 
 @pytest.mark.parametrize("upwards", [True, False])
@@ -234,3 +257,51 @@ def test_interleaved_runs_give_the_numbers_of_runs_one_after_the_other(tmp_path:
     assert tables[0] == tables[1]
     switches = [sum(a != b for a, b in itertools.pairwise(order)) for order in orders]
     assert switches[1] > 10 > switches[0]  # they did take turns
+
+
+def test_turns_are_taken_forwards_and_backwards() -> None:
+    order: list[str] = []
+    runs = [
+        (
+            RunConfig("digits", Cell(name), 0.01, 0, 8, 8, evaluations=4, read_test=False),
+            lambda step, name=name: order.append(f"{name} {step}"),
+            None,
+        )
+        for name in ("torch-sgd", "torch-adamw", "soaa")
+    ]
+    records = dict(train_in_turns(runs))
+    expected = []
+    for turn, step in enumerate((2, 4, 6, 8)):
+        names = ("torch-sgd", "torch-adamw", "soaa")
+        expected += [f"{name} {step}" for name in (names if turn % 2 == 0 else names[::-1])]
+    assert order == expected
+    assert all(record["interleaved"] for record in records.values())
+
+
+def test_the_clock_of_a_run_stands_still_while_it_is_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock of the test's own: a batch takes a second, a batch of an evaluation a hundred."""
+    now = [0.0]
+
+    class Slow:
+        def __init__(self, data: Data) -> None:
+            self._data = data
+
+        def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
+            for batch in self._data.batches(batch_size, generator):
+                now[0] += 1
+                yield batch
+
+        def evaluation(self, split: Split, limit: int | None = None) -> Iterator[Batch]:
+            now[0] += 100
+            return self._data.evaluation(split, limit)
+
+    digits = workload.get("digits")
+    monkeypatch.setattr(
+        workload, "get", lambda name: dataclasses.replace(digits, data=lambda: Slow(digits.data()))
+    )
+    monkeypatch.setattr(run_module.time, "perf_counter", lambda: now[0])
+    record = run_module.train(RunConfig("digits", Cell("torch-adamw"), 0.01, 0, 6, 8, evaluations=3))
+    assert record["curve"]["seconds"] == [0, 2, 4, 6]
+    assert record["result"]["seconds"] == 6
+    assert record["result"]["seconds_per_step"] == 1
+    assert now[0] > 100 * 8  # train and validation at four points, and more at the end

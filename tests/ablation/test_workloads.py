@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from optimizers.ablation import Ablation, AblationError, TensorData, Workload, ablate, workload
+from optimizers.ablation import AblationError, TensorData, Workload, workload
 from optimizers.ablation.data import FASHION_MNIST, MNIST, locate
 from optimizers.ablation.workload import Data, Split
 from optimizers.ablation.workloads import character_gpt, image_folder
@@ -48,7 +48,10 @@ def test_language_model_has_800_thousand_parameters_and_sees_no_future() -> None
 
 
 def test_text_splits_do_not_overlap_and_evaluation_covers_one() -> None:
-    data = character_gpt.TextData("".join(chr(65 + i % 50) + str(i % 7) for i in range(5000)))
+    text = "".join(chr(65 + i % 50) + str(i % 7) for i in range(5000))
+    data = character_gpt.TextData(text)
+    codes = torch.cat([data._splits[name] for name in ("train", "validation", "test")])
+    assert "".join(data.characters[i] for i in codes) == text
     lengths = {name: len(codes) for name, codes in data._splits.items()}
     assert lengths == {"train": 9000, "validation": 500, "test": 500}
     windows = torch.cat([batch for batch, _ in data.evaluation("test")])
@@ -169,18 +172,7 @@ def test_image_folder_is_read_with_seeded_crops(images: Path) -> None:
     assert image_folder.resnet18(7)(first[0]).shape == (4, 7)
 
 
-def test_image_folder_is_an_ablation_like_any_other(images: Path, tmp_path: Path) -> None:
-    ablation = Ablation(
-        workload="image-folder", optimizers=("soaa",), learning_rates=(0.001,), seeds=1, steps=1,
-        batch_size=4, evaluations=1,
-    )  # fmt: skip
-    rows = ablate(ablation, tmp_path / "out").rows
-    assert [row.error for row in rows] == [""]
-    for row in rows:
-        (record,) = row.records
-        assert record["curve"]["step"] == [0, 1]
-        assert record["result"]["parameters"] == 11_177_538  # ResNet-18 with 2 classes
-        assert 0 <= record["result"]["test_metric"] <= 1
+def test_image_folder_with_fewer_images_than_a_batch_is_refused(images: Path) -> None:
     with pytest.raises(AblationError, match=r"batch_size must be <= 9, the training images, got 10"):
         next(image_folder.FolderData(images).batches(10, torch.Generator()))
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from importlib import resources
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,9 +22,12 @@ class TextData:
     """A text as characters: the first 90% for training, then 5% for validation and 5% for the test."""
 
     def __init__(self, text: str) -> None:
-        self.characters = sorted(set(text))
-        number = {character: i for i, character in enumerate(self.characters)}
-        codes = torch.tensor([number[character] for character in text])
+        points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+        present = np.flatnonzero(np.bincount(points))
+        self.characters = [chr(point) for point in present]
+        number = np.zeros(present[-1] + 1, dtype=np.int64)
+        number[present] = np.arange(len(present))
+        codes = torch.from_numpy(number[points])
         first, second = len(codes) * 90 // 100, len(codes) * 95 // 100
         self._splits: dict[Split, Tensor] = {
             "train": codes[:first],
