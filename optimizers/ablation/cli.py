@@ -149,6 +149,13 @@ def ablate(
     evaluations: Annotated[
         int | None, typer.Option("--evaluations", help="Points of a curve.  (default: 20)")
     ] = None,
+    evaluation_samples: Annotated[
+        int | None,
+        typer.Option(
+            "--evaluation-samples",
+            help="Of a split, for every loss.  (default: the workload's on curves, else all)",
+        ),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option("--threads", help="Of PyTorch in each run.  (default: 1)")
     ] = None,
@@ -192,6 +199,7 @@ def ablate(
         "schedule": schedule,
         "warmup": warmup,
         "evaluations": evaluations,
+        "evaluation_samples": evaluation_samples,
         "threads": threads,
         "workers": workers,
         "device": device,

@@ -36,11 +36,14 @@ class RunConfig:
     dtype: str = "float32"
     read_test: bool = True
     replay: str = ""  # key of the run whose recorded radius multiplies the learning rate
+    evaluation_samples: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the configuration as JSON values."""
         content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         content["cell"] = self.cell.as_dict()
+        if self.evaluation_samples is None:  # runs from before it could be given keep their key
+            del content["evaluation_samples"]
         return content
 
     @classmethod
@@ -72,6 +75,8 @@ class Ablation:
         schedule: ``"constant"`` or ``"cosine"``.
         warmup: fraction of the steps in which the learning rate rises.
         evaluations: points of a curve after the first.
+        evaluation_samples: how many samples of a split every loss and metric is measured on, on the curve and at the
+            end alike: the same ones for every cell. None: the workload's own number on the curve, all at the end.
         threads: of PyTorch in each run.
         workers: processes that run at the same time.
         device: such as ``"cpu"`` or ``"cuda"``.
@@ -102,6 +107,7 @@ class Ablation:
     schedule: str = "constant"
     warmup: float = 0.0
     evaluations: int = 20
+    evaluation_samples: int | None = None
     threads: int = 1
     workers: int = 1
     device: str = "cpu"
@@ -117,7 +123,7 @@ class Ablation:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not isinstance(self.seeds, int):
             object.__setattr__(self, "seeds", tuple(self.seeds))
-        for name in ("steps", "batch_size", "evaluations", "threads", "workers"):
+        for name in ("steps", "batch_size", "evaluations", "evaluation_samples", "threads", "workers"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise AblationError(f"{name} must be >= 1, got {value}")
@@ -208,6 +214,7 @@ class Ablation:
             dtype=self.dtype,
             read_test=final,
             replay=replay,
+            evaluation_samples=self.evaluation_samples,
         )
 
     def runs(self) -> list[RunConfig]:

@@ -23,6 +23,7 @@ _SCALARS: dict[str, type] = {
     "schedule": str,
     "warmup": float,
     "evaluations": int,
+    "evaluation_samples": int,
     "threads": int,
     "workers": int,
     "device": str,

@@ -266,7 +266,7 @@ class _Run:
             torch.cuda.synchronize(self.device)
 
     def _evaluate(self) -> None:
-        limit = self.problem.evaluation_samples
+        limit = self.config.evaluation_samples or self.problem.evaluation_samples
         train_loss, _ = self._measure("train", limit)
         validation_loss, validation_metric = self._measure("validation", limit)
         self.curve.step.append(self.steps_done)
@@ -292,7 +292,7 @@ class _Run:
         curve = self.curve
         losses = torch.stack(self.batch_losses).double().cpu()
         diverged = not math.isfinite(curve.train_loss[-1]) or curve.train_loss[-1] > curve.train_loss[0]
-        validation_loss, validation_metric = self._measure("validation", None)
+        validation_loss, validation_metric = self._measure("validation", self.config.evaluation_samples)
         result: dict[str, Any] = {
             "diverged": diverged,
             "steps": self.steps_done,
@@ -309,7 +309,7 @@ class _Run:
             "judges_trials": not self.scheduled,
         }
         if self.config.read_test:
-            result["test_loss"], result["test_metric"] = self._measure("test", None)
+            result["test_loss"], result["test_metric"] = self._measure("test", self.config.evaluation_samples)
         every = max(1, len(losses) // TRACE_POINTS)
         trace = {name: [float(value) for value in values] for name, values in self.trace.items()}
         trace["batch_loss"] = losses[::every].tolist()

@@ -77,6 +77,7 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
         ("workers", 0),
         ("threads", -1),
         ("evaluations", 0),
+        ("evaluation_samples", 0),
         ("batch_size", 0),
         ("seeds", 0),
         ("seeds", (1, 1)),
@@ -110,13 +111,16 @@ def test_key_follows_everything_that_changes_numbers_and_no_title() -> None:
     changes = [
         {"workload": "fashion-mnist"}, {"cell": Cell("torch-adamw")}, {"learning_rate": 0.2}, {"seed": 1},
         {"steps": 6}, {"batch_size": 9}, {"schedule": "cosine"}, {"warmup": 0.5}, {"evaluations": 3},
+        {"evaluation_samples": 7},
         {"threads": 2}, {"device": "cuda"}, {"dtype": "float64"}, {"read_test": False}, {"replay": "abc"},
         {"cell": Cell("torch-sgd", options=(("momentum", 0.5),))},
     ]  # fmt: skip
     keys = {_run(**change).key for change in changes}
     assert len(keys | {_run().key}) == len(changes) + 1
     assert _run(cell=Cell("torch-sgd", title="other")).key == _run().key
-    assert RunConfig.from_dict(_run().as_dict()) == _run()
+    for run in (_run(), _run(evaluation_samples=7)):
+        assert RunConfig.from_dict(run.as_dict()) == run
+    assert _run().key == "5e0cffa8a74406c1"  # finished runs of older folders are found under their names
 
 
 def test_order_alternates_over_seeds_so_that_drift_hits_all_cells() -> None:

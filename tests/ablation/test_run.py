@@ -215,3 +215,11 @@ def test_what_cannot_start_is_one_clear_error_before_training(
 ) -> None:
     with pytest.raises(AblationError, match=words):
         check(_config(cell, **changes))
+
+
+def test_every_loss_is_measured_on_the_asked_number_of_samples_at_the_end_too() -> None:
+    record = train(_config(steps=2, evaluations=2, evaluation_samples=50))
+    assert record["result"]["validation_loss"] == record["curve"]["validation_loss"][-1]
+    assert record["result"]["test_metric"] * 50 == pytest.approx(round(record["result"]["test_metric"] * 50))
+    whole = train(_config(steps=2, evaluations=2))
+    assert whole["result"]["validation_loss"] != record["result"]["validation_loss"]
