@@ -35,8 +35,10 @@ class Summary:
         steps: to the target, median over seeds; infinite for a miss.
         gradients: the same in gradients.
         seconds: the same in seconds.
+        processor: the same in seconds of processor time; NaN where a run has not recorded it.
         gradients_per_step: what a step costs.
         seconds_per_step: median over seeds.
+        processor_per_step: the same of processor time; NaN as above.
         state_bytes: of the optimizer.
         divergence: fraction of the written space's trials (without tuning: of all runs of the cell) that diverged.
         rate_width: decades of learning rate within 5% of the best.
@@ -53,8 +55,10 @@ class Summary:
     steps: float
     gradients: float
     seconds: float
+    processor: float
     gradients_per_step: float
     seconds_per_step: float
+    processor_per_step: float
     state_bytes: float
     divergence: float
     rate_width: float
@@ -74,8 +78,11 @@ class Comparison:
             the reference is there first itself; infinite where the cell never is.
         gradients: the same of its cost in gradients.
         seconds: the same of its training time.
+        processor: the same of its processor time; None where a run has not recorded it.
         same_clock: whether all runs took turns in one process. Otherwise times differ by when they were taken, and
-            none of them separates anything.
+            none of them separates anything. Processor time leaves out pauses and what others on the machine were
+            given, so it is compared, between runs of the same stage, on the CPU.
+        same_stage: whether the runs were made in the same stage: what replays another runs after it.
     """
 
     cell: str
@@ -85,7 +92,9 @@ class Comparison:
     steps: Interval
     gradients: Interval
     seconds: Interval
+    processor: Interval | None = None
     same_clock: bool = False
+    same_stage: bool = True
 
     @property
     def verdicts(self) -> dict[str, Verdict]:
@@ -95,6 +104,8 @@ class Comparison:
         found = differences | fractions
         if not self.same_clock:
             found |= {"loss_at_time": "not separated", "seconds": "not separated"}
+        recorded = self.processor if self.same_stage else None
+        found["processor"] = "not separated" if recorded is None else recorded.verdict(1.0)
         return found
 
 
@@ -136,8 +147,10 @@ def summarise(rows: Sequence[Row], tunings: Sequence[Tuning], measure: str) -> l
                 steps=to(measures.steps_to),
                 gradients=to(measures.gradients_to),
                 seconds=to(measures.seconds_to),
+                processor=to(measures.processor_seconds_to),
                 gradients_per_step=statistics.median(row.values("gradients_per_step")),
                 seconds_per_step=statistics.median(row.values("seconds_per_step")),
+                processor_per_step=_recorded(row, "cpu_seconds_per_step"),
                 state_bytes=row.values("state_bytes")[0],
                 divergence=_divergence(own, tuning),
                 rate_width=measures.rate_width(sensitivity(own, tuning)),
@@ -159,6 +172,12 @@ def sensitivity(rows: Sequence[Row], tuning: Tuning | None) -> dict[float, float
         points = [(trial.point["lr"], trial.loss) for trial in tuning.trials if "lr" in trial.point]
         return measures.lower_envelope(points, BINS if len(tuning.dimensions) > 1 else 0)
     return {row.learning_rate: row.mean("validation_loss") for row in rows if row.learning_rate is not None}
+
+
+def _recorded(row: Row, name: str) -> float:
+    if any(record["status"] != "failed" and name not in record["result"] for record in row.records):
+        return math.nan
+    return statistics.median(row.values(name))
 
 
 def _setting(row: Row, tuning: Tuning | None) -> dict[str, float]:
@@ -213,6 +232,8 @@ def _compare(cell: str, reference: str, pairs: Sequence[tuple[Record, Record]], 
     steps: list[float] = []
     gradients: list[float] = []
     seconds: list[float] = []
+    processor: list[float] = []
+    on_cpu = all(r["config"].get("device", "cpu") == "cpu" for pair in pairs for r in pair)
     for record, base in pairs:
         goal = measures.final_loss(base, measure)
         budget = results.number(base["result"].get("seconds"))
@@ -223,7 +244,8 @@ def _compare(cell: str, reference: str, pairs: Sequence[tuple[Record, Record]], 
         # over when the reference is there *first*: a loss that falls and rises again is there long before its end, and
         # over the whole run a cell would beat its own twin
         for ratios, spent in (
-            (steps, measures.steps_to), (gradients, measures.gradients_to), (seconds, measures.seconds_to)
+            (steps, measures.steps_to), (gradients, measures.gradients_to), (seconds, measures.seconds_to),
+            (processor, measures.processor_seconds_to),
         ):  # fmt: skip
             ratios.append(_over(spent(record, measure, reachable), spent(base, measure, reachable)))
     return Comparison(
@@ -234,14 +256,19 @@ def _compare(cell: str, reference: str, pairs: Sequence[tuple[Record, Record]], 
         paired_bootstrap(steps, "median"),
         paired_bootstrap(gradients, "median"),
         paired_bootstrap(seconds, "median"),
+        paired_bootstrap(processor, "median") if on_cpu and not any(map(math.isnan, processor)) else None,
         all(_took_turns(record, base) for record, base in pairs),
+        all(_same_stage(record, base) for record, base in pairs),
     )
 
 
 def _took_turns(record: Record, base: Record) -> bool:
     """Whether both runs shared one clock: cells that replay another one run after it, in turns of their own."""
-    replays = [bool(each["config"].get("replay")) for each in (record, base)]
-    return bool(record.get("interleaved") and base.get("interleaved")) and replays[0] == replays[1]
+    return bool(record.get("interleaved") and base.get("interleaved")) and _same_stage(record, base)
+
+
+def _same_stage(record: Record, base: Record) -> bool:
+    return bool(record["config"].get("replay")) == bool(base["config"].get("replay"))
 
 
 def _minus(value: float, base: float) -> float:
@@ -251,4 +278,6 @@ def _minus(value: float, base: float) -> float:
 
 
 def _over(value: float, base: float) -> float:
+    if math.isnan(value) or math.isnan(base):
+        return math.nan
     return math.inf if math.isinf(value) or not math.isfinite(base) or base <= 0 else value / base

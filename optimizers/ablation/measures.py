@@ -53,6 +53,16 @@ def seconds_to(record: Record, measure: str, goal: float) -> float:
     return reached(record, measure, goal, "seconds")
 
 
+def processor_seconds_to(record: Record, measure: str, goal: float) -> float:
+    """Return the processor time of training after which a run's curve first is at or below a goal.
+
+    NaN where none was recorded: runs from before it was, and those that failed.
+    """
+    if "cpu_seconds" not in record["curve"]:
+        return math.nan
+    return reached(record, measure, goal, "cpu_seconds")
+
+
 def gradients_to(record: Record, measure: str, goal: float) -> float:
     """Return what reaching a goal cost in gradients (one forward and backward pass each); see `cost`."""
     return steps_to(record, measure, goal) * number(record["result"].get("gradients_per_step"))

@@ -18,6 +18,7 @@ AXES = {
     "steps": "steps",
     "gradients": "gradients",
     "seconds": "time",
+    "processor": "processor time",
 }
 Table = tuple[list[str], list[list[str]]]  # names of columns, rows
 
@@ -91,7 +92,8 @@ def interval_note() -> str:
         "itself, so of many comparisons some separate by chance. Losses: mean difference. Steps, gradients, time: "
         "median of when a cell first is where the reference ends, over when the reference first is; ∞ is a miss. "
         "Only an interval that excludes equality and rests on 5 seeds or more is called better or worse, and one of "
-        "times only where the cells took turns in one process."
+        "times only where the cells took turns in one process. Processor time leaves out pauses and other "
+        "work's share, though not what that work does to caches; older runs have not recorded it."
     )
 
 
@@ -109,7 +111,14 @@ def number(value: float) -> str:
     return f"{value:.4g}" if math.isfinite(value) else "–"
 
 
-def _interval(found: Interval) -> str:
+def _recorded(value: float) -> str:
+    return "not recorded" if math.isnan(value) else number(value)
+
+
+def _interval(found: Interval | None) -> str:
+    if found is None:
+        return "not recorded"
+
     def end(value: float) -> str:
         return f"{value:.3g}" if math.isfinite(value) else ("∞" if value > 0 else "-∞")
 
@@ -129,15 +138,17 @@ def summary_table(summaries: Sequence[Summary], problem: workload.Workload) -> T
     names = [
         "cell", "loss at equal steps", "loss at equal time", f"validation {problem.metric_name}",
         f"test {problem.metric_name}",
-        "steps to target", "gradients to target", "seconds to target", "gradients/step", "ms/step", "state bytes",
+        "steps to target", "gradients to target", "seconds to target", "CPU seconds to target", "gradients/step",
+        "ms/step", "CPU ms/step", "state bytes",
         "diverged", "lr width [decades]", "seeds",
     ]  # fmt: skip
     return names, [
         [
             s.cell,
             *(_spread(values) for values in (s.loss, s.loss_at_time, s.validation_metric, s.test_metric)),
-            number(s.steps), number(s.gradients), number(s.seconds), number(s.gradients_per_step),
-            number(1e3 * s.seconds_per_step), f"{s.state_bytes:.0f}" if math.isfinite(s.state_bytes) else "–",
+            number(s.steps), number(s.gradients), number(s.seconds), _recorded(s.processor),
+            number(s.gradients_per_step), number(1e3 * s.seconds_per_step), _recorded(1e3 * s.processor_per_step),
+            f"{s.state_bytes:.0f}" if math.isfinite(s.state_bytes) else "–",
             f"{s.divergence:.0%}", number(s.rate_width), str(s.seeds),
         ]
         for s in summaries

@@ -29,6 +29,7 @@ COLUMNS = (
     ("diverged", False),
     ("state bytes", False),
     ("ms/step", True),
+    ("CPU ms/step", True),
     ("seconds to target", True),
 )
 
@@ -157,10 +158,17 @@ def table(rows: Sequence[Row], problem: workload.Workload) -> list[dict[str, str
             "diverged": f"{row.diverged:.0%}",
             "state bytes": f"{row.values('state_bytes')[0]:.0f}",
             "ms/step": f"{1e3 * statistics.median(row.values('seconds_per_step')):.2f}",
+            "CPU ms/step": _processor(row),
             "seconds to target": _median([reached(r, problem.target, goal, "seconds") for r in row.records]),
         }
         for row in sorted(rows, key=lambda row: row.mean("validation_loss"))
     ]
+
+
+def _processor(row: Row) -> str:
+    if any("cpu_seconds_per_step" not in record["result"] for record in row.records):
+        return "-"  # a run from before it was recorded, or one that failed
+    return f"{1e3 * statistics.median(row.values('cpu_seconds_per_step')):.2f}"
 
 
 def spread(values: Sequence[float]) -> str:

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimizers.ablation import Cell, Row, measures
+from optimizers.ablation import Cell, Row, measures, workload
 from optimizers.ablation.comparison import compare, references, sensitivity, summarise
 from optimizers.ablation.profiles import Profile, performance_profiles
 from optimizers.ablation.protocol import Trial, Tuning
+from optimizers.ablation.report_tables import comparison_table, summary_table
 from optimizers.ablation.space import Dimension
 
 STEPS = [0, 10, 20, 30, 40]
@@ -100,8 +101,58 @@ def test_a_comparison_pairs_the_seeds() -> None:
     assert found.loss.estimate == pytest.approx(np.mean([-0.4, -0.45, -0.5, -0.4, -0.5]))
     assert found.verdicts == {
         "loss": "better", "loss_at_time": "worse", "steps": "better", "gradients": "not separated",
-        "seconds": "worse",
+        "seconds": "worse", "processor": "not separated",
     }  # fmt: skip
+
+
+def _timed(row: Row, pace: float, **config: Any) -> Row:
+    """The same runs, with the processor time that they took a step."""
+    return Row(
+        row.cell,
+        row.learning_rate,
+        tuple(
+            {
+                **r,
+                "config": {**r["config"], **config},
+                "curve": {**r["curve"], "cpu_seconds": [pace * step for step in STEPS]},
+                "result": {**r["result"], "cpu_seconds_per_step": pace},
+            }
+            for r in row.records
+        ),
+    )
+
+
+def test_processor_time_is_compared_where_runs_did_not_take_turns() -> None:
+    adamw, fast = _timed(ADAMW, 1.0), _timed(FAST, 2.0)
+    (found,) = compare([adamw, fast], "torch-adamw", "train_loss")
+    assert found.processor is not None
+    # steps 0.25 to 0.5 of the reference's, each at twice its time
+    assert (found.processor.estimate, found.processor.low, found.processor.high) == (0.5, 0.5, 1.0)
+    assert found.verdicts["processor"] == "not separated"
+    (found,) = compare([adamw, _timed(FAST, 1.5)], "torch-adamw", "train_loss")
+    assert found.verdicts["processor"] == "better"
+    assert found.verdicts["seconds"] == "not separated"
+    summary = {s.cell: s for s in summarise([adamw, fast], [], "train_loss")}["kfac"]
+    assert (summary.processor, summary.processor_per_step) == (40, 2.0)
+
+
+def test_processor_time_of_a_replay_or_of_a_host_beside_a_device_separates_nothing() -> None:
+    (found,) = compare([_timed(ADAMW, 1.0), _timed(FAST, 1.0, replay="key")], "torch-adamw", "train_loss")
+    assert found.verdicts["processor"] == "not separated"
+    (found,) = compare([_timed(ADAMW, 1.0), _timed(FAST, 1.0, device="cuda")], "torch-adamw", "train_loss")
+    assert found.processor is None
+
+
+def test_older_runs_without_processor_time_are_read_and_called_so() -> None:
+    for rows in ([ADAMW, FAST], [_timed(ADAMW, 1.0), FAST], [ADAMW, _timed(FAST, 1.0)]):
+        (found,) = compare(rows, "torch-adamw", "train_loss")
+        assert found.processor is None
+        assert found.verdicts["processor"] == "not separated"
+        assert "not recorded" in comparison_table([found])[1][0]
+    summary = summarise([ADAMW, FAST], [], "train_loss")
+    names, lines = summary_table(summary, workload.get("digits"))
+    places = [names.index("CPU ms/step"), names.index("CPU seconds to target")]
+    assert all(line[place] == "not recorded" for line in lines for place in places)
 
 
 def test_seeds_are_paired_by_number_and_not_by_place() -> None:
