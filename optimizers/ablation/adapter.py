@@ -60,7 +60,7 @@ def build(
         AblationError: an unknown name or option, or a value that the optimizer refuses.
     """
     check_names(cell)
-    options: dict[str, Any] = dict(cell.options)
+    options: dict[str, Any] = {name: _typed(cell, name, value) for name, value in cell.options}
     if learning_rate is not None:
         if "lr" in options:
             raise AblationError(
@@ -81,6 +81,16 @@ def build(
     except (ValueError, TypeError, KeyError) as error:
         message = error.args[0] if error.args else error
         raise AblationError(f"{cell.label}: {message}") from error
+
+
+def _typed(cell: Cell, name: str, value: object) -> object:
+    """A configuration file and the command line have no word for a dtype but its name."""
+    if not name.endswith("dtype") or not isinstance(value, str):
+        return value
+    found = getattr(torch, value, None)
+    if not isinstance(found, torch.dtype):
+        raise AblationError(f"{cell.label}: {name} must be a dtype of torch such as 'float32', got {value!r}")
+    return found
 
 
 def _check_options(name: str, factory: Callable[..., object], options: Mapping[str, object]) -> None:

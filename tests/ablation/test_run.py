@@ -223,3 +223,14 @@ def test_every_loss_is_measured_on_the_asked_number_of_samples_at_the_end_too() 
     assert record["result"]["test_metric"] * 50 == pytest.approx(round(record["result"]["test_metric"] * 50))
     whole = train(_config(steps=2, evaluations=2))
     assert whole["result"]["validation_loss"] != record["result"]["validation_loss"]
+
+
+def test_a_cell_names_a_dtype_as_text() -> None:
+    model = nn.Linear(4, 4)
+    optimizer = build(Cell.parse("muon:ns_dtype=float64"), model, 0.1, 1)
+    twin = build(Cell("muon", options=(("ns_dtype", torch.float64),)), model, 0.1, 1)  # type: ignore[arg-type]
+    assert optimizer.trust_region.region.dtype == twin.trust_region.region.dtype == torch.float64  # type: ignore[attr-defined]
+    with pytest.raises(AblationError, match="ns_dtype must be a dtype of torch"):
+        build(Cell.parse("muon:ns_dtype=float31"), model, 0.1, 1)
+    with pytest.raises(AblationError, match="ns_dtype must be a dtype of torch"):
+        build(Cell.parse("muon:ns_dtype=nn"), model, 0.1, 1)
