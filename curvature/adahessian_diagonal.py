@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from curvature.estimate import from_statistics
@@ -128,13 +129,15 @@ class AdaHessianDiagonal(Estimator):
         mean, count = cast("list[Tensor]", state["mean_square"]), cast("list[Tensor]", state["count"])
         live = [i for i, g in enumerate(seen.gradient) if g is not None]
         averaged = self._hutchinson().averaged
-        squares = [averaged(measured[i]).square() for i in live]
-        running_mean_([mean[i] for i in live], squares, [count[i] for i in live], self.beta)
+        for i in live:  # one at a time: a square lives no longer than it is needed
+            running_mean_([mean[i]], [averaged(measured[i]).square()], [count[i]], self.beta)
 
     def operator(self, state: State) -> DiagonalOperator:
         """diag(v^(k/2))."""
         return MappedDiagonal(
-            cast("list[Tensor]", state["mean_square"]), lambda v, _: v.pow_(0.5 * self.power), least=0.0
+            cast("list[Tensor]", state["mean_square"]),
+            lambda v, _, out: torch.pow(v, 0.5 * self.power, out=out),
+            least=0.0,
         )
 
 

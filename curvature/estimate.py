@@ -104,12 +104,13 @@ def from_statistics(
 
 
 def add_statistics(into: Statistics, part: Statistics, share: float | Tensor = 1.0) -> None:
-    """Take share · part into a sum: statistics are additive in the loss."""
+    """Take share · part, whose tensors may become the sum's, into a sum: statistics are additive in the loss."""
+    whole = not isinstance(share, Tensor) and share == 1.0  # all of it: no copies
     for key, value in part.items():
         if isinstance(value, list):
-            scaled: Tensor | list[Tensor] = [share * x for x in value]
+            scaled: Tensor | list[Tensor] = value if whole else [share * x for x in value]
         else:
-            scaled = share * value
+            scaled = value if whole else share * value
         held = into.get(key)
         if held is None:
             into[key] = scaled

@@ -143,7 +143,14 @@ class HutchinsonDiagonal(Estimator):
 
     def measure(self, state: State, graph: LossGraph) -> Statistics:
         """Mean of z ⊙ Hz over the probes of this step."""
-        return {"diagonal": self.probed(graph.hvp, graph.params, cast(int, state["step"]))}
+        remaining = self.probes
+
+        def product(z: Sequence[Tensor]) -> list[Tensor]:
+            nonlocal remaining
+            remaining -= 1
+            return graph.hvp(z, last=graph.gives_gradient and remaining == 0)
+
+        return {"diagonal": self.probed(product, graph.params, cast(int, state["step"]))}
 
     def measured(self, state: State, seen: Observation) -> list[Tensor] | None:
         """This step's estimate, measured on the loss's graph or here by differences; ``None`` between refreshes."""

@@ -34,12 +34,21 @@ class LossGraph:
         params: the parameters to differentiate by; one that is frozen at this moment counts as unused.
         outputs: what the model returned on the way to ``loss``; needed for :meth:`ggn` and sampled labels. A
             tensor, or a dict, tuple or dataclass in which ``output_tensor`` finds one.
+        gives_gradient: the caller takes ∇f too, from :attr:`formed`, and needs no graph after the last product, which
+            may free it.
     """
 
-    def __init__(self, loss: Tensor, params: Sequence[Tensor], outputs: Any = None) -> None:
+    def __init__(
+        self, loss: Tensor, params: Sequence[Tensor], outputs: Any = None, *, gives_gradient: bool = False
+    ) -> None:
         check_loss(loss)
         self.loss = loss
         self.params = list(params)
+        self.gives_gradient = gives_gradient
+        #: Whether the last product has freed the graph.
+        self.spent = False
+        #: ∇f as the first product formed it, where it is wanted; ``None`` for a parameter that the loss does not reach.
+        self.formed: list[Tensor | None] | None = None
         self._given_outputs = outputs
         self._output: Tensor | None = None
         self._gradient_edges: list[GradientEdge | None] | None = None
@@ -63,8 +72,11 @@ class LossGraph:
     def differentiable_gradient(self) -> list[Tensor]:
         """∇f with a graph, to be held by the caller; :meth:`hvp` keeps the graph alone."""
         with explain_missing_derivative():
-            gradient = self._grad(self.loss, create_graph=True)
+            found = derivatives([self.loss], self.params, None, retain_graph=True, create_graph=True)
+            gradient = filled(found, self.params)
             refuse_cut_graph(gradient)
+        if self.gives_gradient:
+            self.formed = found
         return gradient
 
     def hvp(self, v: Sequence[Tensor], *, last: bool = False) -> list[Tensor]:
@@ -92,6 +104,7 @@ class LossGraph:
                 [x.to(p.dtype) for _, x, p in pairs],
                 retain_graph=not last,
             )
+        self.spent = last
         return [p.detach() for p in products]
 
     def output_gradient(self) -> Tensor:
@@ -163,6 +176,7 @@ class LossGraph:
         self._gradient_edges = None
         self._output_gradient = None
         self._pulled = None
+        self.formed = None
 
     def _grad(
         self, of: Tensor, seed: Tensor | None = None, *, retain_graph: bool = False, create_graph: bool = False
@@ -182,6 +196,18 @@ def differentiate(
     create_graph: bool = False,
 ) -> list[Tensor]:
     """``torch.autograd.grad`` with zeros for parameters that are unused, or frozen at this moment."""
+    return filled(derivatives(outputs, params, seeds, retain_graph=retain_graph, create_graph=create_graph), params)
+
+
+def derivatives(
+    outputs: Sequence[Tensor] | Sequence[GradientEdge],
+    params: Sequence[Tensor],
+    seeds: Sequence[Tensor] | None,
+    *,
+    retain_graph: bool,
+    create_graph: bool,
+) -> list[Tensor | None]:
+    """``torch.autograd.grad`` with ``None`` for parameters that are unused, or frozen at this moment."""
     found = iter(
         torch.autograd.grad(
             outputs,
@@ -190,10 +216,14 @@ def differentiate(
             retain_graph=retain_graph,
             create_graph=create_graph,
             allow_unused=True,
-            materialize_grads=True,
         )
     )
-    return [next(found) if p.requires_grad else torch.zeros_like(p) for p in params]
+    return [next(found) if p.requires_grad else None for p in params]
+
+
+def filled(found: Sequence[Tensor | None], params: Sequence[Tensor]) -> list[Tensor]:
+    """Zeros in the place of ``None``."""
+    return [torch.zeros_like(p) if g is None else g for g, p in zip(found, params, strict=True)]
 
 
 def refuse_cut_graph(gradients: Sequence[Tensor]) -> None:

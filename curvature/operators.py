@@ -158,10 +158,10 @@ class MappedDiagonal(DiagonalOperator):
 
     Args:
         base: x, one tensor a parameter; never changed.
-        change_: ``change_(block, i)`` puts φ in the place of a copied block of parameter i's x, and returns it.
+        put: ``put(block, i, out)`` writes φ of a block of parameter i's x into ``out``.
         least: a number that no φ lies below, where one is known.
 
-    >>> op = MappedDiagonal([torch.tensor([4.0, 9.0])], lambda x, i: x.sqrt_(), least=0.0)
+    >>> op = MappedDiagonal([torch.tensor([4.0, 9.0])], lambda x, i, out: torch.sqrt(x, out=out), least=0.0)
     >>> op.diagonal()
     [tensor([2., 3.])]
     """
@@ -169,12 +169,12 @@ class MappedDiagonal(DiagonalOperator):
     def __init__(
         self,
         base: Sequence[Tensor],
-        change_: Callable[[Tensor, int], Tensor],
+        put: Callable[[Tensor, int, Tensor], object],
         least: float | None = None,
     ) -> None:
         Operator.__init__(self, base)
         self.base = self.like
-        self.change_ = change_
+        self.put = put
         self.least = least
         self._values: list[Tensor] | None = None
 
@@ -182,7 +182,9 @@ class MappedDiagonal(DiagonalOperator):
     def values(self) -> list[Tensor]:
         """φ(x) in full, formed once."""
         if self._values is None:
-            self._values = [self.change_(x.clone(), i) for i, x in enumerate(self.base)]
+            self._values = [torch.empty_like(x) for x in self.base]
+            for i, (x, out) in enumerate(zip(self.base, self._values, strict=True)):
+                self.put(x, i, out)
         return self._values
 
 

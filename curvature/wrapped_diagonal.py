@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from curvature.loss_graph import LossGraph
@@ -104,7 +105,7 @@ class RootDiagonal(WrappedDiagonal):
 
     def changed(self, state: State, diagonal: list[Tensor]) -> DiagonalOperator:
         """√h."""
-        return MappedDiagonal(diagonal, lambda h, _: h.sqrt_(), least=0.0)
+        return MappedDiagonal(diagonal, lambda h, _, out: torch.sqrt(h, out=out), least=0.0)
 
 
 @dataclass(frozen=True)
@@ -157,5 +158,7 @@ class FlooredDiagonal(WrappedDiagonal):
             counts = cast("list[Tensor]", state["count"])
             scales = [self.scale * bias_correction(t, beta) for t in counts]
         return MappedDiagonal(
-            diagonal, lambda h, i: h.mul_(scales[i]).clamp_(min=self.floor), least=self.floor
+            diagonal,
+            lambda h, i, out: torch.mul(h, scales[i], out=out).clamp_(min=self.floor),
+            least=self.floor,
         )

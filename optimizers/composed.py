@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -82,17 +83,25 @@ class Composed(torch.optim.Optimizer):
         self._backward_called = False
         self._warned_no_loss = False
         self._info = StepInfo()
+        self._recorded: Callable[[], StepInfo] | None = None
         self._paths = StepPaths(self._composition(), self.compile)
 
     @property
     def step_info(self) -> StepInfo:
-        """The record of the last step; asked for after a compiled step it costs one pass over the state."""
-        self._paths.settle()
+        """The record of the last step; asked for after a step in blocks or kernels it costs a pass over the state."""
+        self._settle()
         return self._info
 
     @step_info.setter
     def step_info(self, info: StepInfo) -> None:
-        self._info = info
+        self._info, self._recorded = info, None
+
+    @torch.no_grad()
+    def _settle(self) -> None:
+        """Complete what the last step left open, while state is as it left it."""
+        self._paths.settle()
+        if self._recorded is not None:
+            self.step_info = self._recorded()
 
     # -- parameters and state -------------------------------------------------------------------------------------
 
@@ -126,7 +135,7 @@ class Composed(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its state is created at once, the state of the others is kept."""
         kept = len(self._params)
-        self._paths.settle()
+        self._settle()
         self._paths.forget(tried=True)
         super().add_param_group(param_group)
         try:
@@ -169,7 +178,7 @@ class Composed(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """The three choices travel with the state, so that deepcopy and pickle keep them."""
-        self._paths.settle()
+        self._settle()
         held: dict[str, Any] = super().__getstate__()
         for name in ("curvature", "trust_region", "momentum", "compile", "needs", "_built_for", *NARROWING):
             held[name] = getattr(self, name)
@@ -217,6 +226,7 @@ class Composed(torch.optim.Optimizer):
             replaced = before(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         groups, entries = checkpoint.checked(self, state_dict)
+        self._settle()
         self.param_groups = groups
         self.state.update(entries)
         self._regather()

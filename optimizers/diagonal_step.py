@@ -4,12 +4,14 @@ Legend: m the gradient's running mean, c its bias correction (1 where it has non
 radius, η the learning rate; u = (m/c) / (h + λ), within a box clipped to [-r, r]; θ ← (1-ηλ_wd) θ - η u.
 
 The general path (``core.py``) writes a dozen vectors of the parameters' size, each of which costs a CPU more than the
-arithmetic. Here scratch blocks hold everything, as in ``blocked.py``, and h itself is formed a block at a time.
+arithmetic. Here scratch blocks hold everything, as in ``blocked.py``, and h itself is formed a block at a time. What
+the step's record says (the predicted reduction, the step's length) takes as many passes over a block as the step
+itself, so it is formed when it is asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -70,8 +72,8 @@ def step_(
     count: Sequence[Tensor],
     options: tuple[Sequence[float], Sequence[float | Tensor], Sequence[float]],
     limits: tuple[float, float],
-) -> Proposal:
-    """Average the gradient and move the parameters, in place.
+) -> Callable[[], Proposal]:
+    """Average the gradient and move the parameters, in place; the record of it is formed where it is asked for.
 
     Args:
         operator: of h.
@@ -83,49 +85,84 @@ def step_(
         count: gradients seen before this one, 0-d a tensor; incremented.
         options: β, η and λ_wd of every tensor.
         limits: r and λ.
+
+    Returns:
+        what gives the proposal that was taken, from m and h, which stay as they are until the next step.
     """
     torch._foreach_add_(list(count), 1.0)
     betas, rates, decays = options
     lr = [float(eta) for eta in rates]
     corrected = type(momentum) is RunningMean
-    c = [correction(float(t), b) if corrected else 1.0 for t, b in zip(count, betas, strict=True)]
+    times = torch.stack(list(count)).tolist() if corrected else [0.0] * len(lr)
+    c = [correction(t, b) if corrected else 1.0 for t, b in zip(times, betas, strict=True)]
     radius, damping = limits
-    boxed = type(trust_region.region) is Box
-    blocks = Blocks.of(params)
-    change = operator.change_ if isinstance(operator, MappedDiagonal) else None
-    base = operator.base if isinstance(operator, MappedDiagonal) else operator.values
-    p, g, m, h = (blocks.views(x) for x in (params, gradient, mean, base))
-    scratch = torch.empty(2, max(b - a for a, b in blocks.bounds), dtype=mean[0].dtype)
-    linear, quadratic, norms, extremes = [], [], [], []
+    direction = _Direction(operator, Blocks.of(params), mean, c, damping)
+    blocks, boxed = direction.blocks, type(trust_region.region) is Box
+    p, g = blocks.views(params), blocks.views(gradient)
     for k, i in enumerate(blocks.owner):
-        size = m[k].numel()
-        curved, u = scratch[0, :size], scratch[1, :size]
-        m[k].lerp_(g[k], 1.0 - betas[i])
-        curved.copy_(h[k])
-        if change is not None:
-            curved = change(curved, i)
-        if damping != 0.0:
-            curved.add_(damping)
-        torch.div(m[k], curved, out=u)
-        if c[i] != 1.0:
-            u.mul_(1.0 / c[i])
-        squared = torch.dot(u, u) if not boxed else None
+        direction.m[k].lerp_(g[k], 1.0 - betas[i])
+        if decays[i] != 0.0:
+            p[k].mul_(1.0 - lr[i] * decays[i])
+        if boxed:
+            _, u = direction.at(k)
+            p[k].add_(u.clamp_(min=-radius, max=radius), alpha=-lr[i])
+        else:
+            p[k].addcdiv_(direction.m[k], direction.denominator(k), value=-lr[i] / c[i])
+    return lambda: _proposal(direction, boxed, lr, radius)
+
+
+class _Direction:
+    """u = (m/c) / (h + λ), a block at a time, in scratch memory."""
+
+    def __init__(
+        self,
+        operator: DiagonalOperator,
+        blocks: Blocks,
+        mean: Sequence[Tensor],
+        c: Sequence[float],
+        damping: float,
+    ) -> None:
+        self.put = operator.put if isinstance(operator, MappedDiagonal) else None
+        base = operator.base if isinstance(operator, MappedDiagonal) else operator.values
+        self.blocks, self.c, self.damping = blocks, c, damping
+        self.m, self.h = blocks.views(mean), blocks.views(base)
+        self.scratch = torch.empty(2, max(b - a for a, b in blocks.bounds), dtype=mean[0].dtype)
+
+    def denominator(self, k: int) -> Tensor:
+        """h + λ of a block; h itself where nothing is to be done to it."""
+        h, curved = self.h[k], self.scratch[0, : self.h[k].numel()]
+        if self.put is not None:
+            self.put(h, self.blocks.owner[k], curved)
+            return curved.add_(self.damping) if self.damping != 0.0 else curved
+        return torch.add(h, self.damping, out=curved) if self.damping != 0.0 else h
+
+    def at(self, k: int) -> tuple[Tensor, Tensor]:
+        """h + λ and u of a block."""
+        curved, i = self.denominator(k), self.blocks.owner[k]
+        u = torch.div(self.m[k], curved, out=self.scratch[1, : curved.numel()])
+        return curved, u.mul_(1.0 / self.c[i]) if self.c[i] != 1.0 else u
+
+
+def _proposal(direction: _Direction, boxed: bool, lr: Sequence[float], radius: float) -> Proposal:
+    """The sums over the step that was taken."""
+    linear, quadratic, norms, extremes = [], [], [], []
+    blocks, damping, scratch = direction.blocks, direction.damping, direction.scratch
+    for k, i in enumerate(blocks.owner):
+        curved, u = direction.at(k)
         if boxed:
             extremes += list(torch.aminmax(u))
             u.clamp_(min=-radius, max=radius)
-            squared = torch.dot(u, u)
-        along = torch.dot(m[k], u) / c[i]
+        squared = torch.dot(u, u)
+        along = torch.dot(direction.m[k], u) / direction.c[i]
         # Without a box (h + λ) u = m/c.
-        bent = torch.dot(curved.mul_(u), u) if boxed else along
+        bent = torch.dot(torch.mul(curved, u, out=scratch[0, : u.numel()]), u) if boxed else along
         linear.append(along)
-        quadratic.append(bent - damping * cast(Tensor, squared))
-        norms.append(cast(Tensor, squared) * lr[i] ** 2)
-        if decays[i] != 0.0:
-            p[k].mul_(1.0 - lr[i] * decays[i])
-        p[k].add_(u, alpha=-lr[i])
+        quadratic.append(bent - damping * squared)
+        norms.append(squared * lr[i] ** 2)
+    tensors = len(lr)
     owner = torch.tensor(blocks.owner)
     eta = torch.tensor(lr, dtype=scratch.dtype)
-    sums = torch.zeros(2, len(params), dtype=scratch.dtype)
+    sums = torch.zeros(2, tensors, dtype=scratch.dtype)
     sums[0].index_add_(0, owner, torch.stack(linear))
     sums[1].index_add_(0, owner, torch.stack(quadratic))
     parts = eta * sums[0] - 0.5 * eta.square() * sums[1]

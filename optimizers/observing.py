@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from curvature.loss_graph import LossGraph, check_loss
-from curvature.protocols import TRANSIENT
+from curvature.protocols import TRANSIENT, Needs
 from optimizers.composed import Composed
 from optimizers.distributed import find_ranks
+from optimizers.shared_gradient import accumulate_, may_share
 
 
 class Observing(Composed):
@@ -48,10 +49,14 @@ class Observing(Composed):
                 loss.backward(retain_graph=retain_graph)
             return
         self._backward_called = True
-        keeps = self._take_in(loss, outputs)
+        keeps = self._take_in(loss, outputs, gives_gradient=scaler is None and not retain_graph)
+        self._pending.knows_scale = scaler is not None
+        formed = self._pending.take_gradient()
+        if formed is not None:
+            accumulate_(self._params, formed)
+            return
         scaled = loss if scaler is None else scaler.scale(loss)
         scaled.backward(retain_graph=retain_graph or keeps)
-        self._pending.knows_scale = scaler is not None
 
     def observe(self, loss: Tensor, outputs: Any = None) -> None:
         """What :meth:`backward` does beside the gradient: for every further optimizer over the same loss.
@@ -77,18 +82,18 @@ class Observing(Composed):
             self._take_in(loss, outputs)
             self._pending.knows_scale = True
 
-    def _take_in(self, loss: Tensor, outputs: Any) -> bool:
+    def _take_in(self, loss: Tensor, outputs: Any, *, gives_gradient: bool = False) -> bool:
         """Measure what the curvature needs and note the loss; whether its graph must live on till the step."""
         check_loss(loss, outputs)
         if self._pending.backwards and all(p.grad is None for p in self._params):
             self._forget()  # the gradients were cleared behind this optimizer's back: so are the observations
         keeps = False
         if self.needs.graph and self._due():
-            keeps = self._measure(loss, outputs)
+            keeps = self._measure(loss, outputs, gives_gradient and Needs.HVP in self.needs)
         self._pending.add_loss(loss)
         return keeps
 
-    def _measure(self, loss: Tensor, outputs: Any) -> bool:
+    def _measure(self, loss: Tensor, outputs: Any, gives_gradient: bool) -> bool:
         """Statistics of the curvature from the loss's graph; whether the graph must live on till the step."""
         ranks = find_ranks(self._params, self.process_group)
         # What an estimator proves and draws from outputs makes no sense of NaN, and the step will be skipped. All ranks
@@ -96,13 +101,16 @@ class Observing(Composed):
         if self.needs.outputs and not ranks.all(loss.detach().isfinite().all()):
             self._pending.diverged = True
             return False
-        graph = LossGraph(loss, self._params, outputs)
+        gives_gradient = gives_gradient and may_share(loss, self._params)
+        graph = LossGraph(loss, self._params, outputs, gives_gradient=gives_gradient)
         with torch.enable_grad(), ranks.dividing():
             statistics = self.curvature.measure(self._curvature_state, graph)  # type: ignore[attr-defined]
         self._pending.add_statistics(statistics)
         if getattr(self.curvature, "keeps_graph", False):
             self._pending.graphs.append(graph)
             return True
+        if graph.spent:
+            self._pending.gradient = graph.formed
         graph.release()
         return False
 

@@ -21,6 +21,7 @@ class Pending:
         graphs: their graphs, where the estimator takes products during the step.
         backwards: how many there were.
         measured: how many of them the estimator measured.
+        gradient: that of the last of them, where measuring formed it; ``None`` for a parameter that it does not reach.
         diverged: whether one of them had a loss that is not finite, which an estimator of outputs does not measure.
         knows_scale: whether the last backward call was given the GradScaler, so that its loss is not scaled.
     """
@@ -30,6 +31,7 @@ class Pending:
     graphs: list[LossGraph] = field(default_factory=list)
     backwards: int = 0
     measured: int = 0
+    gradient: list[Tensor | None] | None = None
     diverged: bool = False
     knows_scale: bool = False
 
@@ -44,6 +46,11 @@ class Pending:
         add_statistics(self.statistics, statistics)
         self.measured += 1
 
+    def take_gradient(self) -> list[Tensor | None] | None:
+        """What measuring formed, once."""
+        gradient, self.gradient = self.gradient, None
+        return gradient
+
     def discard(self) -> None:
         """Forget everything, and let the graphs go."""
         for graph in self.graphs:
@@ -53,5 +60,6 @@ class Pending:
         self.graphs = []
         self.backwards = 0
         self.measured = 0
+        self.gradient = None
         self.diverged = False
         self.knows_scale = False

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from curvature import vectors
-from curvature.protocols import TRANSIENT, Needs, Observation
+from curvature.protocols import TRANSIENT, Needs, Observation, State
 from optimizers import core, state_layout, step_info, trial
 from optimizers.checks import check_unmoved, signal_names
 from optimizers.distributed import Ranks, find_ranks
@@ -22,6 +22,7 @@ from optimizers.observing import Observing
 from optimizers.rounding import key_of, put_back, widened
 from optimizers.scaling import GradScale
 from optimizers.sharding import local
+from optimizers.step_info import StepInfo
 from optimizers.step_paths import Held
 from trust_region import Proposal, Verdict
 
@@ -125,7 +126,7 @@ class SecondOrder(Observing):
         ranks = find_ranks(self._params, self.process_group)
         info = self._paths.compiled(self._held(), loss, scale, ranks, self._check_signals)
         if info is not None:
-            self._info = info
+            self.step_info = info
             return
         self._paths.settle()
         self._paths.forget()  # built anew, for counts that no longer agree
@@ -163,6 +164,7 @@ class SecondOrder(Observing):
     ) -> None:
         """Refresh the curvature, propose, and move (or try)."""
         composition = self._composition(ranks)
+        self._recorded = None  # it was of the state that changes now
         taken = self._paths.blocked(held, gradient)
         if taken is not None:
             self._record(loss, taken, core.review(composition, self._region_state, taken, loss), None)
@@ -178,9 +180,9 @@ class SecondOrder(Observing):
             gradient_at=self._gradient_at(closure, before),
         )
         operator = core.refreshed(composition, seen, held.curvature_state)
-        taken = self._paths.diagonal(held, operator, gradient, ranks)
-        if taken is not None:
-            self._record(loss, taken, None, None)
+        recorded = self._paths.diagonal(held, operator, gradient, ranks)
+        if recorded is not None:
+            self._record_later(loss, recorded)
             return
         betas, lr = self._per_parameter("momentum"), self._per_parameter("lr")
         averaged = core.averaged_gradient(
@@ -323,6 +325,19 @@ class SecondOrder(Observing):
         return verdict, actual
 
     # -- telemetry ------------------------------------------------------------------------------------------------
+
+    def _record_later(self, loss: Tensor | None, proposal: Callable[[], Proposal]) -> None:
+        """Note the record of a step, to be formed from the state that it left; at once where that is rounded."""
+        region: State = {k: v.clone() for k, v in self._region_state.items() if isinstance(v, Tensor)}
+        skipped = self.state[self._params[0]]["skipped_steps"].clone()
+
+        def record() -> StepInfo:
+            return step_info.of_step(loss, proposal(), None, None, region, skipped)
+
+        if self.state_dtype is None:
+            self._recorded = record
+        else:
+            self.step_info = record()
 
     def _record(
         self, loss: Tensor | None, proposal: Proposal, verdict: Verdict | None, actual: Tensor | None

@@ -262,8 +262,8 @@ class StepPaths:
 
     def diagonal(
         self, held: Held, operator: CurvatureOperator, gradient: Sequence[Tensor | None], ranks: Ranks
-    ) -> Proposal | None:
-        """The same for a diagonal curvature, refreshed already."""
+    ) -> Callable[[], Proposal] | None:
+        """The same for a diagonal curvature, refreshed already; the proposal is formed when it is asked for."""
         trust_region, momentum = self.composition.trust_region, self.composition.momentum
         means, damping = held.momentum_buffers(), held.region_state.get("damping", 0.0)
         if ranks.shards is not None or not diagonal_step.suits(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -79,3 +80,23 @@ def test_curvature_that_may_be_negative_is_left_to_the_general_path() -> None:
     optimizer.backward((torch.tensor([1.0, -1.0]) * w**2).sum())
     optimizer.step()
     torch.testing.assert_close(w.data, torch.tensor([1.9, -1.1]))  # the concave element goes to the boundary
+
+
+def test_a_record_that_is_asked_for_late_is_that_of_its_step() -> None:
+    """Not of what a schedule, the loss or a loaded state have changed since."""
+    records = []
+    for late in (False, True):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3).double()
+        optimizer = AdaHessian(model.parameters(), lr=0.1)
+        saved = optimizer.state_dict()
+        optimizer.backward(model(torch.randn(8, 4).double()).square().mean())
+        optimizer.step()
+        if not late:
+            records.append(torch.tensor(list(optimizer.step_info.as_floats().values())))
+        optimizer.param_groups[0]["lr"] = 7.0
+        optimizer.load_state_dict(copy.deepcopy(saved))
+        records.append(torch.tensor(list(optimizer.step_info.as_floats().values())))
+    for record in records[1:]:
+        torch.testing.assert_close(record, records[0], rtol=0, atol=0, equal_nan=True)
+    assert bool((records[0] > 0).any())
