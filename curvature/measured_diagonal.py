@@ -56,10 +56,3 @@ class MeasuredDiagonal(Estimator):
     def operator(self, state: State) -> DiagonalOperator:
         """diag(h)."""
         return DiagonalOperator([h.clone() for h in cast("list[Tensor]", state["diagonal"])])
-
-
-def next_draw(state: State) -> int:
-    """The number of this random draw; it is state, so that a run that is resumed goes on where it stopped."""
-    draw = cast(int, state["draws"])
-    state["draws"] = draw + 1
-    return draw

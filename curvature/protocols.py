@@ -10,7 +10,10 @@ that an optimizer can save, load, move and shard it. One refresh of the curvatur
     operator(state)         B at this moment: ``matvec``, ``solve``, ``diagonal``, ``to_dense``
 
 Statistics are *additive in the loss*: the statistics of ``loss_1 + loss_2`` are the sum of theirs. That one
-rule makes k micro-batches equal one large batch, and many ranks equal one, for every estimator.
+rule makes k micro-batches equal one large batch, and many ranks equal one, for every estimator. What is not
+additive, a square above all, is formed in ``update``, of the sum. Statistics that are additive but do not grow in
+proportion to the loss (:class:`curvature.FisherDiagonal`) allow for the mean over ranks by themselves, and bring an
+``estimate`` of their own.
 """
 
 from __future__ import annotations

@@ -12,9 +12,18 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from curvature.estimate import run
 from curvature.loss_graph import LossGraph
 from curvature.operators import DiagonalOperator, MappedDiagonal
-from curvature.protocols import CurvatureEstimator, Needs, Observation, State, Statistics
+from curvature.problem import Problem
+from curvature.protocols import (
+    CurvatureEstimator,
+    CurvatureOperator,
+    Needs,
+    Observation,
+    State,
+    Statistics,
+)
 from curvature.running_mean import bias_correction
 
 
@@ -66,9 +75,18 @@ class WrappedDiagonal:
         """As the wrapped estimator."""
         self.estimator.update(state, seen)
 
+    def estimate(self, problem: Problem) -> DiagonalOperator:
+        """One shot over batches, the wrapped estimator's own."""
+        state = self.init(problem.params)
+        for count in cast("list[Tensor]", state.get("count", [])):
+            count.fill_(1.0)  # all batches are one refresh
+        return self._changed(state, run(self.estimator, problem))
+
     def operator(self, state: State) -> DiagonalOperator:
         """The changed diagonal."""
-        operator = self.estimator.operator(state)
+        return self._changed(state, self.estimator.operator(state))
+
+    def _changed(self, state: State, operator: CurvatureOperator) -> DiagonalOperator:
         if not getattr(operator, "is_diagonal", False):
             raise ValueError(
                 f"{type(self).__name__} changes a diagonal, and {type(self.estimator).__name__} gives a "

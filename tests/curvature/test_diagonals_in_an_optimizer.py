@@ -13,8 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvature import EmpiricalFisherDiagonal, FisherDiagonal, GaussNewtonDiagonal, LossGraph, estimate
+from curvature import (
+    EmpiricalFisherDiagonal,
+    FisherDiagonal,
+    FlooredDiagonal,
+    GaussNewtonDiagonal,
+    LossGraph,
+    Observation,
+    estimate,
+)
 from curvature.estimate import add_statistics
+from curvature.protocols import State
 from optimizers import SecondOrder
 from tests.curvature import dense
 from tests.curvature.cases import LOSSES, Case, N
@@ -134,12 +143,32 @@ def test_sophia_g_draws_differ_between_steps_and_resume_with_the_state() -> None
     case = LOSSES["cross entropy"]
     model = case.make()
     params = dense.trainable(model)
-    estimator = FisherDiagonal("categorical")
+    estimator = FisherDiagonal("categorical", beta=0.0)
     z = model(case.inputs)
     graph = LossGraph(case.loss_fn(z, case.target), params, z)
+
+    def step(state: State) -> Tensor:
+        statistics = estimator.measure(state, graph)
+        estimator.update(state, Observation(params, statistics=statistics))
+        return estimator.operator(state).diagonal()[0]
+
     state = estimator.init(params)
-    first = estimator.measure(state, graph)["diagonal"]
-    resumed = dict(state)
-    second, again = estimator.measure(state, graph)["diagonal"], estimator.measure(resumed, graph)["diagonal"]
-    assert not torch.equal(first[0], second[0])
-    assert torch.equal(second[0], again[0])
+    first = step(state)
+    resumed = copy.deepcopy(state)
+    second, again = step(state), step(resumed)
+    assert not torch.equal(first, second)
+    assert torch.equal(second, again)
+
+
+def test_estimate_of_a_wrapped_diagonal_weighs_batches_as_the_wrapped_one_does() -> None:
+    """What a sampled diagonal measures is squared after it was added: shares do not multiply it."""
+    case = LOSSES["cross entropy"]
+    model = case.make()
+    batches = [(case.inputs[:1], case.target[:1]), (case.inputs[1:], case.target[1:])]
+    inner = FisherDiagonal("categorical", samples=2, beta=0.9)
+    plain = estimate(inner, model, case.loss_fn, batches).diagonal()
+    for corrected, scale in ((True, 0.5), (False, 0.5 * 0.1)):
+        wrapped = FlooredDiagonal(inner, scale=0.5, floor=1e-9, bias_corrected=corrected)
+        found = estimate(wrapped, model, case.loss_fn, batches).diagonal()
+        for x, h in zip(found, plain, strict=True):
+            torch.testing.assert_close(x, (scale * h).clamp(min=1e-9))

@@ -125,8 +125,8 @@ def test_micro_batches_draw_noise_of_their_own() -> None:
     estimator = FisherDiagonal("categorical")
     graph = graph_of(LOSSES["cross entropy"])
     state = estimator.init(graph.params)
-    first = estimator.measure(state, graph)["diagonal"]
-    second = estimator.measure(state, graph)["diagonal"]
+    first = estimator.measure(state, graph)["pulled"]
+    second = estimator.measure(state, graph)["pulled"]
     assert not torch.equal(first[0], second[0])
 
 

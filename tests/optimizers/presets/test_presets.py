@@ -49,9 +49,12 @@ def test_sophia_g_takes_the_papers_step_with_drawn_labels() -> None:
         g = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
         if reference.due(state):
             measured = reference.measure(state, curvature.LossGraph(loss, list(model.parameters()), outputs))
-            h = [0.8 * a + 0.2 * b for a, b in zip(h, measured["diagonal"], strict=True)]
-            empirical_differs |= not torch.allclose(measured["diagonal"][0], 16 * g[0] ** 2)
-        state["step"] += 1
+            reference.update(state, Observation(g, statistics=measured))
+            diagonal = reference.operator(state).diagonal()
+            h = [0.8 * a + 0.2 * b for a, b in zip(h, diagonal, strict=True)]
+            empirical_differs |= not torch.allclose(diagonal[0], 16 * g[0] ** 2)
+        else:
+            reference.update(state, Observation(g))
         m = [0.9 * a + 0.1 * b for a, b in zip(m, g, strict=True)]
         theta = [
             p - 0.01 * (a / (0.5 * b).clamp(min=1e-12)).clamp(-0.4, 0.4)
