@@ -164,7 +164,8 @@ def sharpest_unit(likelihood: Likelihood, z: Tensor, axis: int | None) -> tuple[
         return ones, ones, unit_product(likelihood, z, None, ones)
     assert axis is not None
     p = torch.softmax(z, axis)
-    index = p.topk(2, dim=axis).indices.narrow(axis, 1, 1)
+    # the maximum of what is left when the maximum is taken out: a third of what sorting the two out takes
+    index = p.scatter(axis, p.argmax(axis, keepdim=True), -1.0).argmax(axis, keepdim=True)
     unit = torch.zeros_like(z).scatter(axis, index, 1.0)
     p_k = p.gather(axis, index)
     return unit, unit, p_k * (1 - p_k)

@@ -23,8 +23,9 @@ from torch.autograd.graph import GradientEdge
 from curvature.layer_io import Call, Recorder, Trace
 from curvature.loss_graph import LossGraph
 from curvature.measured_weights import leaves, rows
-from curvature.per_sample_rules import Room, Use, squares_of_uses
+from curvature.per_sample_rules import Use, squares_of_uses
 from curvature.probes import generator
+from curvature.room import Room
 from curvature.side_effects import coupled_by_batch_norm
 from curvature.vectors import compute_dtype
 

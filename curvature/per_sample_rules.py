@@ -9,7 +9,6 @@ chunks of samples. Every other layer pulls δ_n back through its own forward fun
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,25 +20,11 @@ from torch.nn import functional
 
 from curvature.layer_io import Record
 from curvature.probes import probe
+from curvature.room import Room
 from curvature.vectors import compute_dtype
 
 #: Elements of per-sample gradients that are formed at a time.
 CHUNK_ELEMENTS = 1 << 24
-
-
-class Room:
-    """Memory that is used again and again: a page fault every 4 KiB costs as much as the sums that go there."""
-
-    def __init__(self) -> None:
-        self._held: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-
-    def take(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """A tensor with contents that mean nothing, valid until the next one is taken."""
-        key, size = (like.dtype, like.device), math.prod(shape)
-        held = self._held.get(key)
-        if held is None or held.numel() < size:
-            held = self._held[key] = torch.empty(size, dtype=like.dtype, device=like.device)
-        return held[:size].view(shape)
 
 
 @dataclass(frozen=True)

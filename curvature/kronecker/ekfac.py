@@ -23,6 +23,8 @@ from curvature.kronecker.layout import Block, Layout
 from curvature.kronecker.learning import held
 from curvature.kronecker.moments import HELD, Held
 from curvature.kronecker.operator import Eigenblock, KroneckerOperator
+from curvature.kronecker.send_back import Accumulators
+from curvature.kronecker.spare import Spare
 from curvature.loss_graph import LossGraph, refuse_other_paths
 from curvature.problem import Problem
 from curvature.protocols import TRANSIENT, Observation, State, Statistics
@@ -162,15 +164,15 @@ class EKFAC(KroneckerEstimator):
         counts = torch.stack([c.cpu() for c in held(state, "count")]).tolist()
         return [b for b in layout.blocks if counts[b.root] > 0]
 
-    def _zeros(self, state: State, layout: Layout, params: Sequence[Tensor]) -> Statistics:
-        statistics = super()._zeros(state, layout, params)
+    def _zeros(self, state: State, layout: Layout, params: Sequence[Tensor], spare: Spare) -> Statistics:
+        statistics = super()._zeros(state, layout, params, spare)
         known = self._known(state, layout)
         if known and self.fisher != "forward-only":
             shapes = {b.root: self._shapes(b)["moments"] for b in known}
             statistics["moments"] = measurement.zeros(layout, shapes, params)
         return statistics
 
-    def _accumulators(self, state: State, layout: Layout, statistics: Statistics) -> measurement.Accumulators:
+    def _accumulators(self, state: State, layout: Layout, statistics: Statistics) -> Accumulators:
         into = super()._accumulators(state, layout, statistics)
         known = self._known(state, layout) if "moments" in statistics else []
         measured = cast("list[Tensor]", statistics.get("moments", []))

@@ -28,6 +28,7 @@ from curvature.kronecker.output_curvature import (
     OutputCurvature,
     output_curvature,
 )
+from curvature.kronecker.send_back import Accumulators, SendBack
 from curvature.kronecker.spare import Spare
 from curvature.layer_io import Recorder
 from curvature.likelihood import Likelihood
@@ -240,7 +241,9 @@ class KroneckerEstimator(Estimator):
         used = measurement.spread_over_samples(used, trace, samples)
         scales = measurement.scale_calls(layout, trace, modules, params, samples)
         used, scales = self._proven(graph, found, used, scales, samples)
-        statistics = self._zeros(state, layout, params)
+        # With an interval the memory is free between measurements, for whoever needs it then.
+        spare = self._live.spare if self.factor_interval == 1 else Spare()
+        statistics = self._zeros(state, layout, params, spare)
         unwritten = measurement.Unwritten(
             cast("list[Tensor]", statistics[key])[b.root]
             for key in ("A", "G")
@@ -250,7 +253,7 @@ class KroneckerEstimator(Estimator):
         for calls in used:
             i, kind = calls.block.root, "_transposed" if calls.block.is_transposed else ""
             A, mass = (cast("list[Tensor]", statistics[key + kind]) for key in ("A", "mass"))
-            measurement.add_inputs_(A[i], mass[i], calls, found, self.sharing, unwritten)
+            measurement.add_inputs_(A[i], mass[i], calls, found, self.sharing, unwritten, spare.room)
         diagonal = cast("list[Tensor]", statistics["diagonal"])
         into = self._accumulators(state, layout, statistics)
         scaled = {i for s in scales for _, i in s.layer.parameters}
@@ -260,8 +263,9 @@ class KroneckerEstimator(Estimator):
         first = parts.samples
         parts.samples += int(found.z.shape[0])
         parts.count += 1
+        passes = SendBack(used, scales, trace.readers, samples, self.sharing, unwritten)
         for column in columns(self.fisher, graph, found, self.samples, self.seed, draw, own_weights, first):
-            measurement.send_back_(into, used, scales, graph, column, samples, self.sharing, unwritten)
+            passes.add_(into, graph, column)
             if rest:
                 fallback.add_squares_([diagonal[i] for i in rest], graph, [params[i] for i in rest], column)
         unwritten.fill_()
@@ -311,14 +315,14 @@ class KroneckerEstimator(Estimator):
         """Whether rows are put together by sample."""
         return False
 
-    def _accumulators(self, state: State, layout: Layout, statistics: Statistics) -> measurement.Accumulators:
-        return measurement.Accumulators(
+    def _accumulators(self, state: State, layout: Layout, statistics: Statistics) -> Accumulators:
+        return Accumulators(
             cast("list[Tensor]", statistics["G"]),
             cast("list[Tensor]", statistics["diagonal"]),
             cast("list[Tensor]", statistics.get("G_transposed", [])),
         )
 
-    def _zeros(self, state: State, layout: Layout, params: Sequence[Tensor]) -> Statistics:
+    def _zeros(self, state: State, layout: Layout, params: Sequence[Tensor], spare: Spare) -> Statistics:
         """Sums to add to; A and G where they are matrices are only allocated (:class:`measurement.Unwritten`)."""
         shapes: dict[str, dict[int, tuple[int, ...]]] = {
             key: {b.root: self._shapes(b).get(key, (0,)) for b in layout.blocks} for key in ("A", "G")
@@ -335,8 +339,6 @@ class KroneckerEstimator(Estimator):
             for key, sizes in shapes.items()
             if key not in ("A", "G")
         }
-        # With an interval the memory is free between measurements, for whoever needs it then.
-        spare = self._live.spare if self.factor_interval == 1 else Spare()
         for key in ("A", "G"):
             statistics[key] = measurement.allocated(shapes[key], params, spare, key)
         for block in layout.blocks:

@@ -16,10 +16,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from curvature.kronecker.fisher import sample_weights
 from curvature.kronecker.sample_rows import uneven
+from curvature.room import Room
 
 Sharing = Literal["expand", "reduce"]
 
@@ -92,8 +92,12 @@ def input_factor_(
     with_weight: bool,
     with_bias: bool,
     empty: bool = False,
+    room: Room | None = None,
 ) -> None:
     """A += Σ w [a; 1][a; 1]ᵀ over the rows of all calls, in place.
+
+    The border of the 1 is Σ w a and Σ w: no row is copied to be lengthened, and the product keeps a's own, rounder
+    width.
 
     Args:
         into: A, (groups, size_in, size_in).
@@ -102,16 +106,22 @@ def input_factor_(
         with_weight: whether a takes part; without it only the 1 of the bias is left.
         with_bias: whether the 1 takes part.
         empty: whether A holds nothing yet, so that the first call's part is written over whatever it contains.
+        room: memory for w a.
     """
+    room = room or Room()
     for a, w in zip(rows, weights, strict=True):
-        if not with_weight:
-            into.copy_(w.sum()) if empty else into.add_(w.sum())
-            empty = False
-            continue
-        a = a.to(into.dtype)
+        if with_weight:
+            a = a.to(into.dtype)
+            scaled = torch.mul(a, w.unsqueeze(-1), out=room.take(a.shape, a))
+            d = a.shape[-1]
+            add_gram_(into[:, :d, :d], scaled, a, empty)
+            if with_bias:
+                border = scaled.sum(1)
+                for edge in (into[:, d, :d], into[:, :d, d]):
+                    edge.copy_(border) if empty else edge.add_(border)
         if with_bias:
-            a = functional.pad(a, (0, 1), value=1.0)
-        add_gram_(into, a * w.unsqueeze(-1), a, empty)
+            corner = into[:, -1, -1]
+            corner.copy_(w.sum()) if empty else corner.add_(w.sum())
         empty = False
 
 

@@ -1,4 +1,4 @@
-"""The statistics of one loss: walk its graph once, read inputs, send each column back once, add up.
+"""What one loss saw of every block: the uses of its weight, and the sums over inputs.
 
 Legend: see :mod:`curvature.kronecker.factors` and :mod:`curvature.kronecker.fisher`. Everything returned is additive in
 the loss: A = Σ w a aᵀ, mass = Σ w, G = Σ g gᵀ, diagonal = Σ_n (∂/∂θ)².
@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from curvature.kronecker import factors
 from curvature.kronecker.factors import Sharing
-from curvature.kronecker.fisher import Column
 from curvature.kronecker.layout import Block, Layout, ScaleLayer
-from curvature.kronecker.moments import Held, Term
 from curvature.kronecker.output_curvature import OutputCurvature
 from curvature.kronecker.rules import BlockCall
 from curvature.kronecker.spare import Spare
 from curvature.layer_io import Trace
-from curvature.loss_graph import LossGraph
+from curvature.room import Room
 from curvature.vectors import compute_dtype
 
 
@@ -179,7 +177,13 @@ def spread_over_samples(used: Sequence[BlockCalls], trace: Trace, samples: int) 
 
 
 def add_inputs_(
-    A: Tensor, mass: Tensor, used: BlockCalls, found: OutputCurvature, sharing: Sharing, unwritten: Unwritten
+    A: Tensor,
+    mass: Tensor,
+    used: BlockCalls,
+    found: OutputCurvature,
+    sharing: Sharing,
+    unwritten: Unwritten,
+    room: Room,
 ) -> None:
     """A += Σ w a aᵀ and mass += Σ w, in place.
 
@@ -190,6 +194,7 @@ def add_inputs_(
         found: the weights of the outputs' positions.
         sharing: how positions become rows.
         unwritten: where A may be known to hold nothing yet.
+        room: memory for weighted rows.
     """
     block = used.block
     rows, weights = [], []
@@ -214,102 +219,9 @@ def add_inputs_(
                 some, masses = [means], [c]
             with_weight, with_bias = block.weight is not None, block.bias is not None
             empty = unwritten.begin(A, at)
-            factors.input_factor_(A[at], some, masses, with_weight, with_bias, empty)
-        mass[at] += torch.stack([x.sum() for x in masses]).sum()
-
-
-@dataclass(frozen=True)
-class Accumulators:
-    """Where the gradients of one loss are added up.
-
-    Args:
-        factors: G by root parameter.
-        transposed: G of the uses with exchanged sides, likewise.
-        diagonal: the diagonal by parameter.
-        moments: Σ_n (Q_Gᵀ ∇_n Q_A)² by root parameter, for the blocks that have eigenbases.
-        bases: (Q_G, Q_A) by root parameter, ``None`` for the identity.
-        held: keeps what the moments of the blocks in ``holding`` will be formed from.
-        holding: roots of the blocks that have no eigenbases yet.
-    """
-
-    factors: Sequence[Tensor]
-    diagonal: Sequence[Tensor]
-    transposed: Sequence[Tensor] = ()
-    moments: Mapping[int, Tensor] = field(default_factory=dict)
-    bases: Mapping[int, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
-    held: Held | None = None
-    holding: frozenset[int] = frozenset()
-
-    def take(self, term: Term) -> None:
-        """Add a term to its block's moments, or keep it for later."""
-        root = term.block.root
-        if root in self.moments:
-            term.add_to_(self.moments[root], *self.bases[root])
-        elif self.held is not None and root in self.holding:
-            self.held.add(term)
-
-
-def send_back_(
-    into: Accumulators,
-    used: Sequence[BlockCalls],
-    scales: Sequence[ScaleCalls],
-    graph: LossGraph,
-    column: Column,
-    samples: int,
-    sharing: Sharing,
-    unwritten: Unwritten,
-) -> None:
-    """Add Σ g gᵀ, squares and moments of one vector sent back from the outputs.
-
-    Args:
-        into: see there.
-        used: the calls of all blocks.
-        scales: the calls of layers of scales and shifts.
-        graph: the loss.
-        column: what is sent back.
-        samples: N.
-        sharing: how positions become rows.
-        unwritten: the factors that hold nothing yet.
-
-    Cost: one backward pass without weight gradients.
-    """
-    edges = [call.edge for some in used for call in some.calls]
-    edges += [call.edge for scale in scales for call in scale.calls]
-    if not edges:
-        return
-    gradients: Sequence[Tensor | None] = torch.autograd.grad(
-        graph.output, edges, column.value, retain_graph=True, allow_unused=True
-    )
-    taken = iter(gradients)
-    pair: tuple[Block, list[BlockCall], list[Tensor]] | None = None  # a head, before the embedding tied to it
-    for calls in used:
-        block = calls.block
-        rows: list[Tensor | None] = []
-        for call in calls.calls:
-            g = next(taken)
-            rows.append(None if g is None else call.gradient_rows(block.rule, g))
-        G = (into.transposed if block.is_transposed else into.factors)[block.root]
-        kept = [(c, r) for c, r in zip(calls.calls, rows, strict=True) if r is not None]
-        if block.transposed is not None:
-            pair = (block, [c for c, _ in kept], [r for _, r in kept])
-        elif pair is not None and block.is_transposed:
-            theirs = [c for c, _ in kept], [r for _, r in kept]
-            into.take(Term(pair[0], slice(None), pair[1], pair[2], samples, *theirs))
-        for members in calls.by_groups():
-            present = [r.to(G.dtype) for k in members if (r := rows[k]) is not None]
-            at = calls.calls[members[0]].at
-            if block.transposed is None and not block.is_transposed and present:
-                some = [calls.calls[k] for k in members if rows[k] is not None]
-                into.take(Term(block, at, some, present, samples))
-            if not G.numel():
-                continue
-            if present and sharing == "reduce" and not block.diagonal_input:
-                present = [factors.reduce_gradients(present, samples)]
-            for g in present:
-                empty = unwritten.begin(G, at)
-                factors.gradient_factor_(G[at], g.reshape(g.shape[0], -1, g.shape[-1]), empty)
-    for scale in scales:
-        scale.add_squares_(into.diagonal, [next(taken) for _ in scale.calls])
+            factors.input_factor_(A[at], some, masses, with_weight, with_bias, empty, room)
+        for w in masses:
+            mass[at] += w.sum()
 
 
 def zeros(layout: Layout, shapes: Mapping[int, tuple[int, ...]], params: Sequence[Tensor]) -> list[Tensor]:

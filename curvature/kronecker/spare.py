@@ -13,9 +13,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from curvature.room import Room
+
 
 class Spare:
-    """Tensors by name; a copied or unpickled one is empty.
+    """Tensors by name, and room for intermediate ones; a copied or unpickled one is empty.
 
     >>> spare = Spare()
     >>> x = spare.take("A", (2, 2), torch.float32, torch.device("cpu"))
@@ -27,6 +29,7 @@ class Spare:
 
     def __init__(self) -> None:
         self._held: dict[object, Tensor] = {}
+        self.room = Room()
 
     def take(self, name: object, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """A tensor with contents that mean nothing."""
@@ -44,6 +47,7 @@ class Spare:
     def clear(self) -> None:
         """Give all of it back."""
         self._held.clear()
+        self.room.clear()
 
     def __deepcopy__(self, memo: dict[int, object]) -> Spare:
         return Spare()
