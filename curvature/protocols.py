@@ -166,6 +166,9 @@ class CurvatureEstimator(Protocol):
     - ``tracks_steps``: ``seen.step_change`` is wanted (quasi-Newton pairs).
     - ``tracks_second_moment``: ``operator(state).diagonal()`` is the running mean of squared gradients, so that
       :class:`trust_region.RmsBox` need not keep its own.
+    - ``gathered_keys``: entries of the state that ranks keep divided among them and ``state_dict()`` lacks. They come
+      with ``gather(state)``, all of them, asked for by every rank; ``check_gathered(state, given)``, which refuses a
+      loaded state that lacks what it needs (``given`` is then ``None``); and ``take_gathered(state, given)``.
     - ``semidefinite``: whether every operator is positive semi-definite, so that :func:`optimizers.build` can refuse a
       region that needs it; ``None`` where nobody says, and then the first step finds out.
     """

@@ -26,8 +26,10 @@ LATER_ENTRIES = ("skipped_steps",)
 
 def checked(
     optimizer: Composed, state_dict: Mapping[str, Any]
-) -> tuple[list[dict[str, Any]], dict[Tensor, dict[str, Any]]]:
+) -> tuple[list[dict[str, Any]], dict[Tensor, dict[str, Any]], dict[str, list[Tensor]] | None]:
     """The groups and the state that ``state_dict`` describes, as ``optimizer`` would hold them; changes nothing.
+
+    The third part is what ranks keep divided among them (``gathered_keys`` of the curvature), or ``None``.
 
     Raises:
         ValueError: where groups, entries, kinds or shapes do not fit.
@@ -48,6 +50,7 @@ def checked(
         raise ValueError(f"loaded state belongs to parameters that no group names: {strangers[:5]}")
     params = [p for group in optimizer.param_groups for p in group["params"]]
     entries: dict[Tensor, dict[str, Any]] = {}
+    apart: dict[str, list[Tensor]] = {key: [] for key in getattr(optimizer.curvature, "gathered_keys", ())}
     for i, p in zip(ids, params, strict=True):
         if not isinstance(saved.get(i, {}), Mapping):
             raise ValueError(f"state of parameter {i} must be a dict, got {type(saved[i]).__name__}")
@@ -57,9 +60,20 @@ def checked(
         for name in LATER_ENTRIES:
             if name in expected:
                 loaded.setdefault(name, expected[name])
+        for key, found in apart.items():
+            value = loaded.pop(f"curvature{state_layout.SEPARATOR}{key}", None)
+            found += [value] if isinstance(value, Tensor) else []
         state_layout.check_matches(expected, loaded, f"parameter {i}")
         entries[p] = {name: state_layout.restored(value, loaded[name]) for name, value in expected.items()}
-    return groups, entries
+    given: dict[str, list[Tensor]] | None = apart if any(apart.values()) else None
+    if apart:
+        if given is not None and any(len(found) != len(params) for found in given.values()):
+            raise ValueError(
+                f"loaded state must hold {', '.join(map(repr, given))} for every parameter or for none"
+            )
+        state = state_layout.regather(entries, "curvature", optimizer._curvature_state, params)
+        optimizer.curvature.check_gathered(state, given)  # type: ignore[attr-defined]
+    return groups, entries, given
 
 
 def checked_groups(optimizer: Composed, saved: Sequence[Any]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from curvature import vectors
 from curvature.identity import Identity
-from curvature.protocols import TRANSIENT, CurvatureEstimator, Needs, State
+from curvature.protocols import CACHE, TRANSIENT, CurvatureEstimator, Needs, State
 from optimizers import checkpoint, core, state_layout
 from optimizers.checks import FLAGS, check_flags, check_group
 from optimizers.distributed import ALONE, Ranks, check_shardable, find_ranks
@@ -207,7 +207,10 @@ class Composed(torch.optim.Optimizer):
         attach = getattr(self.curvature, "attach", None)
         if attach is not None:
             attach(self._params)
+        divided = self._curvature_state.get(CACHE) if getattr(self.curvature, "gathered_keys", ()) else None
         self._regather()
+        if divided is not None:  # of this process, and of no other
+            self._curvature_state[CACHE] = divided
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict()`` gave, from a run of the same composition; a mismatch changes nothing.
@@ -225,11 +228,14 @@ class Composed(torch.optim.Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = before(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
-        groups, entries = checkpoint.checked(self, state_dict)
+        groups, entries, gathered = checkpoint.checked(self, state_dict)
         self._settle()
         self.param_groups = groups
         self.state.update(entries)
         self._regather()
+        if gathered is not None:
+            with find_ranks(self._params, self.process_group).dividing():
+                self.curvature.take_gathered(self._curvature_state, gathered)  # type: ignore[attr-defined]
         self._pending.discard()
         self._paths.forget()  # what is compiled worked on the state that has been replaced
         for after in self._optimizer_load_state_dict_post_hooks.values():
@@ -239,6 +245,26 @@ class Composed(torch.optim.Optimizer):
         """Groups and state, as every ``torch.optim`` optimizer gives them."""
         self._paths.settle()
         return super().state_dict()
+
+    def gathered_state_dict(self) -> dict[str, Any]:
+        """:meth:`state_dict` with what ranks keep divided among them; any number of ranks loads it.
+
+        Every rank must call it; one of them may save what it returns. Where nothing is divided (all but
+        ``KFAC(inverses="owner")``) it is ``state_dict()``.
+
+        Returns:
+            groups and state; it holds the parts of the other ranks until it is let go.
+        """
+        whole = self.state_dict()
+        if not getattr(self.curvature, "gathered_keys", ()):
+            return whole
+        with find_ranks(self._params, self.process_group).dividing():
+            gathered = self.curvature.gather(self._curvature_state)  # type: ignore[attr-defined]
+        whole["state"] = {i: dict(entries) for i, entries in whole["state"].items()}
+        for key, tensors in gathered.items():
+            for i, x in enumerate(tensors):
+                whole["state"][i][f"curvature{state_layout.SEPARATOR}{key}"] = x
+        return whole
 
     def state_bytes(self) -> int:
         """Bytes that this optimizer keeps beside parameters and gradients."""

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor
+
 from curvature.kronecker import owned
 from curvature.kronecker.estimator import KroneckerEstimator
 from curvature.kronecker.layout import Block
@@ -50,8 +52,8 @@ class KFAC(KroneckerEstimator):
         inverses: where data-parallel ranks keep eigenbases. ``"everywhere"``: a rank decomposes its share and sends it
             to all. ``"owner"``: it keeps its share alone and multiplies its blocks for the others, who never see the
             bases: 1/R of the memory on R ranks, for a message of the gradient's size at every product and solve. The
-            bases are then no part of a checkpoint: they are decomposed again in the first step after a load or a copy,
-            which goes on bit for bit with ``inverse_interval=1``.
+            bases are then no part of ``state_dict()``: to go on bit for bit save ``optimizer.gathered_state_dict()``,
+            which every rank calls. With ``inverse_interval=1`` no basis outlives a step, and either will do.
 
     >>> import torch
     >>> from curvature import estimate
@@ -102,6 +104,23 @@ class KFAC(KroneckerEstimator):
             owned.refresh_(state, self._layout_of(state, None), blocks)
         else:
             super()._refresh(state, blocks)
+
+    @property
+    def gathered_keys(self) -> tuple[str, ...]:
+        """The bases, where ranks keep them divided."""
+        return owned.VECTORS if self._owned else ()
+
+    def gather(self, state: State) -> dict[str, list[Tensor]]:
+        """All bases, from their owners."""
+        return owned.gathered(state, self._layout_of(state, None))
+
+    def check_gathered(self, state: State, given: dict[str, list[Tensor]] | None) -> None:
+        """Refuse a loaded state from which the run would go on otherwise."""
+        owned.check_gathered(state, self._layout_of(state, None), given, self.inverse_interval)
+
+    def take_gathered(self, state: State, given: dict[str, list[Tensor]]) -> None:
+        """Keep this process's own of the loaded bases."""
+        owned.take_gathered(state, self._layout_of(state, None), given)
 
     def operator(self, state: State) -> KroneckerOperator:
         """B from the eigenbases at hand."""

@@ -117,6 +117,87 @@ def values_of(state: State, block: Block) -> list[Tensor]:
     return [held(state, "A_values")[block.root], held(state, "G_values")[block.root]]
 
 
+VECTORS = ("A_vectors", "G_vectors")
+"""What a gathered state holds beside the state: as KFAC(inverses="everywhere") keeps it, so that either loads it."""
+
+
+def gathered(state: State, layout: Layout) -> dict[str, list[Tensor]]:
+    """All bases, from their owners; every rank must ask. Without elements where there are none.
+
+    Args:
+        state: of this process.
+        layout: all blocks.
+
+    Returns:
+        ``A_vectors`` and ``G_vectors``, one tensor a parameter.
+    """
+    bases = bases_of(state, layout)
+    known = [b for b in layout.blocks if b.root in bases.known]
+    found = divided(
+        [1.0] * len(known),
+        lambda indices: [list(bases.vectors[known[i].root]) for i in indices],
+        lambda i: [
+            values_of(state, known[i])[0].new_empty(shape) for shape in vector_shapes(state, known[i])
+        ],
+        [bases.owner[b.root] for b in known],
+    )
+    out = {key: [values.new_empty(0) for values in held(state, "A_values")] for key in VECTORS}
+    for block in layout.blocks:  # zeros before a first basis, as they are kept everywhere
+        for key, shape in zip(VECTORS, vector_shapes(state, block), strict=True):
+            out[key][block.root] = held(state, "A_values")[block.root].new_zeros(shape)
+    for block, pair in zip(known, found, strict=True):
+        for key, Q in zip(VECTORS, pair, strict=True):
+            out[key][block.root] = Q
+    return out
+
+
+def vector_shapes(state: State, block: Block) -> list[tuple[int, ...]]:
+    """Of Q_A and Q_G; (0,) is the identity."""
+    values_a, values_g = values_of(state, block)
+    kept = held(state, "G")[block.root].numel() > 0 or block.transposed is not None
+    whole = [(*values.shape, values.shape[-1]) for values in (values_a, values_g)]
+    return [(0,) if block.diagonal_input else whole[0], whole[1] if kept else (0,)]
+
+
+def check_gathered(
+    state: State, layout: Layout, given: dict[str, list[Tensor]] | None, interval: int
+) -> None:
+    """Refuse a loaded state whose bases are missing, where the run would go on otherwise, or are of other shapes.
+
+    Raises:
+        ValueError: naming the remedy.
+    """
+    observed = any(float(held(state, "count")[b.root]) > 0 for b in layout.blocks)
+    if given is None:
+        if observed and interval > 1:
+            raise ValueError(
+                f'KFAC(inverses="owner") with inverse_interval={interval} cannot go on from a state_dict without its '
+                "eigenbases: save optimizer.gathered_state_dict(), called on every rank, in place of state_dict()"
+            )
+        return
+    for block in layout.blocks:
+        for key, shape in zip(VECTORS, vector_shapes(state, block), strict=True):
+            found = tuple(given[key][block.root].shape)
+            if found != shape:
+                raise ValueError(
+                    f"loaded {key!r} of {block.modules[0]!r} must have shape {shape}, got {found}"
+                )
+
+
+def take_gathered(state: State, layout: Layout, given: dict[str, list[Tensor]]) -> None:
+    """Keep this process's own of the loaded bases."""
+    state.pop(CACHE, None)
+    bases = bases_of(state, layout)
+    for block in layout.blocks:
+        if not float(held(state, "count")[block.root]) > 0:
+            continue
+        bases.known.add(block.root)
+        if bases.owns(block):
+            like = held(state, "A_values")[block.root]
+            Q_A, Q_G = (given[key][block.root].to(like.device, like.dtype, copy=True) for key in VECTORS)
+            bases.vectors[block.root] = (Q_A, Q_G)
+
+
 def eigenblock(state: State, bases: Bases, block: Block) -> Eigenblock:
     """A block with its basis if it is this process's, else with its eigenvalues alone."""
     values_a, values_g = values_of(state, block)

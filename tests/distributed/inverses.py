@@ -107,8 +107,8 @@ def work_falls_with_ranks(folder: Path) -> None:
 
 
 def bases_stay_with_their_owners(folder: Path) -> None:
-    """``inverses="owner"``: 1/R of the decompositions and of the kept bases on each of R ranks, the same steps; and a
-    checkpoint that rank 0 wrote alone goes on."""
+    """``inverses="owner"``: 1/R of the decompositions and of the kept bases on each of R ranks, the same steps; and
+    what rank 0 saved of all goes on bit for bit."""
 
     def make(model: nn.Module, group: Any, place: str, interval: int = 1) -> SecondOrder:
         return build(
@@ -151,20 +151,30 @@ def bases_stay_with_their_owners(folder: Path) -> None:
             assert f"divided among {world} ranks" in str(error)  # noqa: PT017
         else:
             raise AssertionError("a product that only one rank takes must be refused")
+    whole_state = optimizer.gathered_state_dict()
     if dist.get_rank() == 0:
-        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, folder / "owned.pt")
+        torch.save({"model": model.state_dict(), "optimizer": whole_state}, folder / "owned.pt")
     dist.barrier()
     saved = torch.load(folder / "owned.pt", weights_only=True)
-    other = deep()
-    other.load_state_dict(saved["model"])
-    resumed = make(other, "auto", "owner", 3)
-    resumed.load_state_dict(saved["optimizer"])
-    train(DistributedDataParallel(other), resumed, dealt, range(5, 8))
-    gathered: list[Any] = [None] * world
-    dist.all_gather_object(gathered, [p.detach() for p in other.parameters()])
-    for params in gathered:
-        assert all(torch.equal(p, q) for p, q in zip(params, gathered[0], strict=True)), "ranks drifted apart"
-    assert not torch.equal(next(other.parameters()), next(model.parameters()))
+    before = next(model.parameters()).detach().clone()
+    resumed: dict[str, nn.Module] = {}
+    for place in ("owner", "everywhere"):
+        other = deep()
+        other.load_state_dict(saved["model"])
+        again = make(other, "auto", place, 3)
+        again.load_state_dict(saved["optimizer"])
+        if place == "owner":
+            assert again.state_bytes() == optimizer.state_bytes()  # each rank kept its own bases alone
+        train(DistributedDataParallel(other), again, dealt, range(5, 9))
+        resumed[place] = other
+    train(parallel, optimizer, dealt, range(5, 9))
+    assert not torch.equal(next(model.parameters()), before)
+    for p, q in zip(model.parameters(), resumed["owner"].parameters(), strict=True):
+        assert torch.equal(p, q), "a resumed run went on otherwise"
+    same(whole(model), whole(resumed["everywhere"]), 1e-9)
+    fresh = make(deep(), "auto", "owner", 3)
+    with pytest.raises(ValueError, match="gathered_state_dict"):
+        fresh.load_state_dict(optimizer.state_dict())
 
 
 def failure_on_one_rank_is_heard_by_all(folder: Path) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import optimizers
-from curvature import KFAC, estimate
+from curvature import KFAC, PerParameter, estimate
 from curvature.protocols import CACHE
 from curvature.testing import check_estimator
 from optimizers import SecondOrder, build
@@ -122,6 +123,56 @@ def test_bases_are_decomposed_again_after_a_load_and_a_copy() -> None:
     for p, q, r in zip(model.parameters(), other.parameters(), twin_model.parameters(), strict=True):
         assert torch.equal(p, q)
         assert torch.equal(p, r)
+
+
+@pytest.mark.parametrize("place", ["owner", "everywhere"])
+def test_resumes_bit_for_bit_between_refreshes(place: str) -> None:
+    """From a state with the bases; they are neither of the factors at hand nor of the last ones measured."""
+    model, other = network(), network()
+    optimizer, resumed = kfac(model, "owner", 4), kfac(other, place, 4)
+    train(model, optimizer, range(7))
+    if place == "owner":
+        train(other, resumed, range(10, 13))  # its own bases, which the load must replace
+    file = io.BytesIO()
+    torch.save(optimizer.gathered_state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    twin_model, twin = copy.deepcopy((model, optimizer))
+    for m, o in ((model, optimizer), (other, resumed), (twin_model, twin)):
+        train(m, o, range(7, 10))
+    for p, q, r in zip(model.parameters(), other.parameters(), twin_model.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert torch.equal(p, r)
+    assert not any("vectors" in name for entries in optimizer.state.values() for name in entries)
+
+
+def test_a_state_that_would_go_on_otherwise_is_refused_and_changes_nothing() -> None:
+    model, other = network(), network()
+    optimizer, resumed = kfac(model, "owner", 4), kfac(other, "owner", 4)
+    kfac(network(), "owner", 4).load_state_dict(
+        optimizer.state_dict()
+    )  # before any basis there is none to lack
+    train(model, optimizer, range(3))
+    train(other, resumed, range(2))
+    before = copy.deepcopy(resumed.gathered_state_dict())
+    some, wrong = optimizer.gathered_state_dict(), optimizer.gathered_state_dict()
+    del some["state"][0]["curvature/A_vectors"]
+    wrong["state"][0]["curvature/G_vectors"] = torch.zeros(2, 2)
+    for bad, told in (
+        (optimizer.state_dict(), "gathered_state_dict"),
+        (some, "for every parameter or for none"),
+        (wrong, "must have shape"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            resumed.load_state_dict(bad)
+    after = resumed.gathered_state_dict()
+    for i, entries in before["state"].items():
+        for name, value in entries.items():
+            torch.testing.assert_close(after["state"][i][name], value, rtol=0, atol=0, equal_nan=True)
+    rules = [("*", KFAC(model, inverses="owner", inverse_interval=2))]
+    with pytest.raises(ValueError, match="PerParameter cannot save"):
+        PerParameter(rules, model).init(list(model.parameters()))
 
 
 def test_a_layer_that_joins_later_gets_its_basis() -> None:
