@@ -247,7 +247,7 @@ class Composed(torch.optim.Optimizer):
         return super().state_dict()
 
     def gathered_state_dict(self) -> dict[str, Any]:
-        """:meth:`state_dict` with what ranks keep divided among them; any number of ranks loads it.
+        """``state_dict()`` with what ranks keep divided among them; any number of ranks loads it.
 
         Every rank must call it; one of them may save what it returns. Where nothing is divided (all but
         ``KFAC(inverses="owner")``) it is ``state_dict()``.
