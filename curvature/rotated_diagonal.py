@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from curvature import vectors
-from curvature.operators import Operator, check_damping
+from curvature.operators import DiagonalOperator, Operator, check_damping
 from curvature.protocols import SingularCurvatureError
 from curvature.tensor_blocks import Block, along
 
@@ -23,7 +23,8 @@ class RotatedDiagonalOperator(Operator):
     """B = Q diag(d) Qᵀ, block by block; everything is exact.
 
     Args:
-        values: d, one tensor a parameter in its shape, each entry belonging to a column of Q.
+        values: d, one tensor a parameter in its shape, each entry belonging to a column of Q; or a diagonal operator
+            that has them, which may form them where they are read.
         bases: Q_i, orthogonal.
         blocks: the blocks of every parameter.
 
@@ -38,11 +39,18 @@ class RotatedDiagonalOperator(Operator):
     Cost: O(P Σ n_i) for ``matvec`` and ``solve``, no memory but one vector.
     """
 
-    def __init__(self, values: Sequence[Tensor], bases: Bases, blocks: Sequence[Sequence[Block]]) -> None:
-        super().__init__(values)
-        self.values = self.like
+    def __init__(
+        self, values: Sequence[Tensor] | DiagonalOperator, bases: Bases, blocks: Sequence[Sequence[Block]]
+    ) -> None:
+        self.spectrum = values if isinstance(values, DiagonalOperator) else DiagonalOperator(values)
+        super().__init__(self.spectrum.like)
         self.bases = bases
         self.blocks = blocks
+
+    @property
+    def values(self) -> list[Tensor]:
+        """d."""
+        return self.spectrum.values
 
     def _map(self, v: Sequence[Tensor], change: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
         """Q change(Qᵀv, d)."""

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from curvature import vectors
+from curvature.operators import MappedDiagonal
 from curvature.protocols import Estimator, Needs, Observation, State
 from curvature.registry import estimators
 from curvature.rotated_diagonal import RotatedDiagonalOperator
-from curvature.running_mean import bias_corrected, check_beta
+from curvature.running_mean import bias_correction, check_beta
 from curvature.shampoo import add_factors_, decompose_all_, newly_seen, running_weight
 from curvature.shared_work import divided
 from curvature.tensor_blocks import Block, along, blocks_of, identity_storage, storage_size, views
@@ -165,9 +166,13 @@ class SOAP(Estimator):
         )
         blocks = [self.blocks(v) for v in moments]
         # the moment of the first gradient was dropped with its basis; a count of 0 is taken as 1
-        corrected = bias_corrected(moments, [t - 1.0 for t in count], self.beta)
+        corrections = [bias_correction(t - 1.0, self.beta) for t in count]
+
+        def root(v: Tensor, i: int, out: Tensor) -> Tensor:
+            return torch.div(v, corrections[i], out=out).sqrt_().add_(self.eps)
+
         return RotatedDiagonalOperator(
-            [v.sqrt().add_(self.eps) for v in corrected],
+            MappedDiagonal(moments, root, least=self.eps),
             [views(q, own) for q, own in zip(bases, blocks, strict=True)],
             blocks,
         )

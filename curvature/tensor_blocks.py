@@ -88,9 +88,23 @@ def gram(x: Tensor, dim: int) -> Tensor:
     >>> gram(torch.tensor([[1.0, 2.0], [0.0, 1.0]]), 0)
     tensor([[5., 2.],
             [2., 1.]])
+
+    Cost: O(n_i · numel); a large one is formed below its diagonal, in strips, and mirrored: 5/8 of the products.
     """
     unfolded = x.movedim(dim, 0).reshape(x.shape[dim], -1)
-    return unfolded @ unfolded.mT
+    n = unfolded.shape[0]
+    if n < STRIPED:
+        return unfolded @ unfolded.mT
+    product = unfolded.new_empty(n, n)
+    for start in range(0, n, -(-n // STRIPS)):
+        end = min(start + -(-n // STRIPS), n)
+        product[start:end, :end] = unfolded[start:end] @ unfolded[:end].mT
+        product[:start, start:end] = product[start:end, :start].mT
+    return product
+
+
+STRIPED, STRIPS = 600, 4
+"""From how many rows on a Gram matrix is formed in strips, and in how many; smaller ones gain nothing by it."""
 
 
 def along(x: Tensor, matrices: dict[int, Tensor], *, transpose: bool = False) -> Tensor:

@@ -5,7 +5,8 @@ From the narrowest to the widest:
 - *compiled*, where every tensor has a gradient (:mod:`optimizers.compiled`): two kernels for one formula an element,
   a graph over all tensors for any other composition whose signals are gradients;
 - *blocked*: one formula an element on a CPU, block by block (``blocked.py``);
-- *diagonal*: a diagonal curvature on a CPU, block by block (``diagonal_step.py``);
+- *diagonal*: a diagonal curvature on a CPU, block by block (``diagonal_step.py``), or one that is diagonal in a rotated
+  basis (``rotated_step.py``);
 - the general path (``core.py``), which writes every intermediate vector and takes anything.
 """
 
@@ -22,7 +23,8 @@ from torch import Tensor
 from curvature import vectors
 from curvature.operators import DiagonalOperator
 from curvature.protocols import CurvatureOperator, State
-from optimizers import blocked, diagonal_step, elementwise
+from curvature.rotated_diagonal import RotatedDiagonalOperator
+from optimizers import blocked, diagonal_step, elementwise, rotated_step
 from optimizers.compiled import graph
 from optimizers.compiled.elementwise_path import ElementwisePath, has_passes
 from optimizers.compiled.graph_path import GraphPath
@@ -263,9 +265,26 @@ class StepPaths:
     def diagonal(
         self, held: Held, operator: CurvatureOperator, gradient: Sequence[Tensor | None], ranks: Ranks
     ) -> Callable[[], Proposal] | None:
-        """The same for a diagonal curvature, refreshed already; the proposal is formed when it is asked for."""
+        """The same for curvature that is diagonal, maybe in a rotated basis, and refreshed already.
+
+        The proposal is formed when it is asked for.
+        """
         trust_region, momentum = self.composition.trust_region, self.composition.momentum
         means, damping = held.momentum_buffers(), held.region_state.get("damping", 0.0)
+        options = held.each("momentum"), held.each("lr"), held.each("weight_decay")
+        if ranks.shards is None and rotated_step.suits(
+            operator, trust_region, momentum, held.shards, gradient, means, damping
+        ):
+            return rotated_step.step_(
+                cast(RotatedDiagonalOperator, operator),
+                momentum,
+                held.shards,
+                cast("list[Tensor]", gradient),
+                means,
+                held.steps,
+                options,
+                float(cast(Tensor, damping)),
+            )
         if ranks.shards is not None or not diagonal_step.suits(
             operator, trust_region, momentum, held.shards, gradient, means, damping
         ):
@@ -278,7 +297,7 @@ class StepPaths:
             cast("list[Tensor]", gradient),
             means,
             held.steps,
-            (held.each("momentum"), held.each("lr"), held.each("weight_decay")),
+            options,
             (float(cast(Tensor, held.region_state["radius"])), float(cast(Tensor, damping))),
         )
 

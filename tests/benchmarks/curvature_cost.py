@@ -200,10 +200,14 @@ def found_peer(name: str) -> Any:
     return importlib.import_module(name) if importlib.util.find_spec(name) is not None else None
 
 
-def training_steps(setting: Callable[[], Setting], intervals: int) -> dict[str, dict[str, float]]:
+def training_steps(
+    setting: Callable[[], Setting], intervals: int, presets: list[str]
+) -> dict[str, dict[str, float]]:
     """Whole steps, the mean over whole intervals, AdamW's timed anew before and after each contender."""
     made: dict[str, Callable[[], float]] = {}
     for name, (_, make) in STEPS.items():
+        if name not in ("adamw", *presets):
+            continue
         model, loss_fn, x, y = setting()
         optimizer = make(model.train())
 
@@ -223,9 +227,8 @@ def training_steps(setting: Callable[[], Setting], intervals: int) -> dict[str, 
 
         made[name] = step
     found: dict[str, dict[str, float]] = {}
-    for name, (interval, _) in STEPS.items():
-        if name == "adamw":
-            continue
+    for name in presets:
+        interval, _ = STEPS[name]
         # the first interval is for caches, and holds the refresh of every layer at once
         for _ in range(interval + 1):
             made[name]()
@@ -251,6 +254,8 @@ def main() -> None:
     )
     parser.add_argument("--only", choices=["products", "diagonals", "factors", "steps"])
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    presets = [name for name in STEPS if name != "adamw"]
+    parser.add_argument("--presets", nargs="+", choices=presets, default=presets, help="whose whole steps")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--intervals", type=int, default=1)
     asked = parser.parse_args()
@@ -270,7 +275,7 @@ def main() -> None:
             if asked.only in (None, part.__name__):
                 own.update(part(MODELS[name](), asked.rounds))
         if asked.only in (None, "steps"):
-            own.update(training_steps(MODELS[name], asked.intervals))
+            own.update(training_steps(MODELS[name], asked.intervals, asked.presets))
         for what, figure in own.items():
             limit = LIMITS[name].get(what)
             if limit is not None:

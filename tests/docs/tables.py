@@ -110,12 +110,48 @@ def step_cost() -> Rows:
     return rows
 
 
+def results_file(path: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((RESULTS / path).read_text(encoding="utf-8"))
+    return content
+
+
+def whole_steps() -> Rows:
+    """Whole training steps as timed, what is asked of them, and what they are made of."""
+    timed, counted = results_file("step_cost/whole_steps.json"), results_file("step_cost/counts.json")["models"]
+    rows = [["model", "preset", "time", "worst step / mean", "at most", "multiplications", "bytes", "operations"]]
+    for model in ("mlp", "gpt"):
+        for name, entry in timed[model].items():
+            preset = name.removeprefix("step, ")
+            limit = entry.get("limit")
+            told = "" if limit is None else f"{limit:g}" + (", missed" if entry["ratio"] > limit else "")
+            rows.append(
+                [
+                    model.upper(),
+                    preset,
+                    f"{entry['ratio']:.2f}",
+                    f"{entry['worst step / mean']:.2f}",
+                    told,
+                    *counts_of(counted[model], preset),
+                ]
+            )
+    return rows
+
+
+def counts_of(counted: dict[str, Any], preset: str) -> list[str]:
+    """Multiplications, bytes and operations in AdamW's; blank for what was not counted."""
+    kinds = ("multiplications", "bytes", "operations")
+    if preset not in counted:
+        return ["" for _ in kinds]
+    return [f"{counted[preset][kind] / counted['adamw'][kind]:.2f}" for kind in kinds]
+
+
 TABLES: dict[str, Callable[[], Rows]] = {
     "explanation/costs_state.csv": state_by_size,
     "explanation/costs_7B.csv": lambda: ranks_at("7B"),
     "explanation/costs_70B.csv": lambda: ranks_at("70B"),
     "explanation/step_cost.csv": step_cost,
     "how_to/curvature_cost.csv": curvature_cost,
+    "results/step_cost/whole_steps.csv": whole_steps,
     "results/curvature_cost/table.csv": curvature_cost_with_peers,
 }
 
