@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from curvature.loss_graph import refuse_other_paths
+from curvature.measured_functions import refuse_unproven_loss, refuse_unproven_model
 from curvature.problem import Evaluation, Problem
 from curvature.protocols import CurvatureEstimator, CurvatureOperator, Needs, Observation, State, Statistics
 from curvature.side_effects import preserved
@@ -84,10 +85,8 @@ def from_statistics(
     loss: Tensor | None = None
     for number, evaluation in enumerate(problem.evaluations()):
         share, graph = evaluation.share, evaluation.graph
-        if (
-            number == 0 and estimator.needs.outputs
-        ):  # its curvature is that of the loss as a function of the outputs
-            refuse_other_paths(graph, type(estimator).__name__)
+        if number == 0:
+            check_derivatives(estimator, problem, evaluation)
         if wants_gradient:
             part = [share * g for g in graph.gradient()]
             gradient = part if gradient is None else [a.add_(g) for a, g in zip(gradient, part, strict=True)]
@@ -101,6 +100,20 @@ def from_statistics(
         gradient = [p.new_zeros(()).expand(p.shape) for p in problem.params]
     estimator.update(state, Observation(gradient, loss, None, statistics, (), problem.params))
     return estimator.operator(state)
+
+
+def check_derivatives(estimator: CurvatureEstimator, problem: Problem, evaluation: Evaluation) -> None:
+    """Refuse a loss whose curvature would be another than what is asked for.
+
+    Where it is taken at the outputs, the loss must reach the parameters through them alone; custom functions that are
+    differentiated twice must have that derivative.
+    """
+    graph = evaluation.graph
+    if estimator.needs.outputs:
+        refuse_other_paths(graph, type(estimator).__name__)
+        refuse_unproven_loss(problem, graph, evaluation.target)
+    if Needs.HVP in estimator.needs:
+        refuse_unproven_model(problem, graph, (evaluation.inputs, evaluation.target))
 
 
 def add_statistics(into: Statistics, part: Statistics, share: float | Tensor = 1.0) -> None:

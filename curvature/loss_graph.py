@@ -15,12 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from curvature import vectors
+from curvature.custom_functions import doubtful_nodes, watched
+from curvature.probes import generator
 
-_JVP_REMEDY = 'use jvp="finite-difference", or the math attention kernel'
-_LOSS_REMEDY = (
+HVP_REMEDY = 'use hvp="finite-difference", or the math attention kernel'
+JVP_REMEDY = 'use jvp="finite-difference", or the math attention kernel'
+LOSS_REMEDY = (
     "compute the loss by operations that can be differentiated twice, or use curvature that needs gradients only "
     "(EmpiricalFisherDiagonal, Shampoo, SOAP)"
 )
@@ -49,21 +52,27 @@ class LossGraph:
         self.spent = False
         #: ∇f as the first product formed it, where it is wanted; ``None`` for a parameter that the loss does not reach.
         self.formed: list[Tensor | None] | None = None
-        self._given_outputs = outputs
+        self.given_outputs = outputs
         self._output: Tensor | None = None
         self._gradient_edges: list[GradientEdge | None] | None = None
         self._output_gradient: Tensor | None = None
         self._pulled: tuple[Tensor, list[Tensor]] | None = None
+        self._doubtful: list[Node] | None = None
 
     @property
     def output(self) -> Tensor:
         """z: the one tensor of the model's outputs through which the loss is computed."""
         if self._output is None:
-            if self._given_outputs is None:
+            if self.given_outputs is None:
                 raise ValueError("this curvature needs the model's outputs: call optimizer.backward(loss, outputs)")
-            self._output = output_tensor(self._given_outputs)
+            self._output = output_tensor(self.given_outputs)
             check_outputs(self._output)
         return self._output
+
+    @property
+    def doubtful(self) -> list[Node]:
+        """The nodes that may have no second derivative."""
+        return self._walked()
 
     def gradient(self) -> list[Tensor]:
         """∇f, detached, zeros for a parameter that the loss does not reach."""
@@ -71,7 +80,7 @@ class LossGraph:
 
     def differentiable_gradient(self) -> list[Tensor]:
         """∇f with a graph, to be held by the caller; :meth:`hvp` keeps the graph alone."""
-        with explain_missing_derivative():
+        with explain_missing_derivative(), watched(self.doubtful, for_hessian=True):
             found = derivatives([self.loss], self.params, None, retain_graph=True, create_graph=True)
             gradient = filled(found, self.params)
             refuse_cut_graph(gradient)
@@ -110,10 +119,11 @@ class LossGraph:
     def output_gradient(self) -> Tensor:
         """∂f/∂z with a graph, so that :meth:`loss_hvp` can differentiate it again."""
         if self._output_gradient is None:
-            (gradient,) = torch.autograd.grad(self.loss, self.output, create_graph=True, allow_unused=True)
-            if gradient is None:
-                raise ValueError("the loss does not depend on outputs: pass what the loss was computed from")
-            with explain_missing_derivative(_LOSS_REMEDY, "loss"):
+            doubtful = doubtful_nodes(self.loss.grad_fn, self.output.grad_fn) if self.doubtful else []
+            with explain_missing_derivative(LOSS_REMEDY, "loss"), watched(doubtful, for_hessian=True):
+                (gradient,) = torch.autograd.grad(self.loss, self.output, create_graph=True, allow_unused=True)
+                if gradient is None:
+                    raise ValueError("the loss does not depend on outputs: pass what the loss was computed from")
                 refuse_cut_graph([gradient])
             self._output_gradient = gradient
         return self._output_gradient
@@ -123,7 +133,7 @@ class LossGraph:
         gradient = self.output_gradient()
         if not gradient.requires_grad:
             return torch.zeros_like(self.output)
-        with explain_missing_derivative(_LOSS_REMEDY, "loss"):
+        with explain_missing_derivative(LOSS_REMEDY, "loss"):
             (product,) = torch.autograd.grad(
                 gradient,
                 self.output,
@@ -140,15 +150,19 @@ class LossGraph:
         The graph of Jᵀu is kept from product to product.
         """
         if self._pulled is None:
-            u = torch.zeros_like(self.output, requires_grad=True)
-            with explain_missing_derivative(_JVP_REMEDY):
+            # not zero, at which a function that cuts itself off could not be told from one that does not
+            g = generator(0x7E5, 0, self.output.device)
+            u = torch.randn(self.output.shape, generator=g, device=self.output.device)
+            u = u.to(self.output.dtype).requires_grad_()
+            doubtful = doubtful_nodes(self.output.grad_fn) if self.doubtful else []
+            with explain_missing_derivative(JVP_REMEDY), watched(doubtful, for_hessian=False):
                 self._pulled = (u, self._grad(self.output, u, create_graph=True))
                 refuse_cut_graph(self._pulled[1])
         u, pulled = self._pulled
         pairs = [(g, x) for g, x in zip(pulled, v, strict=True) if g.requires_grad]
         if not pairs:  # the outputs do not depend on θ
             return torch.zeros_like(self.output)
-        with explain_missing_derivative(_JVP_REMEDY):
+        with explain_missing_derivative(JVP_REMEDY):
             (product,) = torch.autograd.grad(
                 [g for g, _ in pairs],
                 u,
@@ -169,7 +183,7 @@ class LossGraph:
 
     def restricted(self, indices: Sequence[int]) -> LossGraph:
         """The same loss as a function of some of its parameters."""
-        return LossGraph(self.loss, [self.params[i] for i in indices], self._given_outputs)
+        return LossGraph(self.loss, [self.params[i] for i in indices], self.given_outputs)
 
     def release(self) -> None:
         """Drop what holds the graph alive."""
@@ -177,10 +191,17 @@ class LossGraph:
         self._output_gradient = None
         self._pulled = None
         self.formed = None
+        self._doubtful = None
+
+    def _walked(self) -> list[Node]:
+        if self._doubtful is None:
+            self._doubtful = doubtful_nodes(self.loss.grad_fn)
+        return self._doubtful
 
     def _grad(
         self, of: Tensor, seed: Tensor | None = None, *, retain_graph: bool = False, create_graph: bool = False
     ) -> list[Tensor]:
+        self._walked()  # a reentrant checkpoint is refused before it hides parameters
         seeds = None if seed is None else [seed]
         return differentiate(
             [of], self.params, seeds, retain_graph=retain_graph or create_graph, create_graph=create_graph
@@ -282,7 +303,7 @@ def _passes(graph: LossGraph) -> bool:
 
 @contextmanager
 def explain_missing_derivative(
-    remedy: str = 'use hvp="finite-difference", or the math attention kernel', what: str = "model"
+    remedy: str = HVP_REMEDY, what: str = "model"
 ) -> Iterator[None]:
     """Turn autograd's message about a missing second or forward derivative into one that names the remedy."""
     try:

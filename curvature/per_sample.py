@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from curvature.custom_functions import refuse_reentrant
 from curvature.layer_io import Call, Recorder, Trace
 from curvature.loss_graph import LossGraph
 from curvature.measured_weights import leaves, rows
@@ -82,6 +83,7 @@ class PerSample:
         self.calls: list[Call] = []
         self.split_for_sure: set[int] = set()
         self.found: Trace = self.recorder.trace(self.of)
+        refuse_reentrant(*self.found.opaque)
         modules = dict(self.model.named_modules())
         position = {id(p): i for i, p in enumerate(self.graph.params)}
         for name, calls in self.found.calls.items():

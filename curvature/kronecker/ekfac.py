@@ -15,7 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from curvature.estimate import add_statistics
+from curvature.estimate import add_statistics, check_derivatives
 from curvature.kronecker import learning, measurement
 from curvature.kronecker.eigen import eigh_here
 from curvature.kronecker.estimator import KroneckerEstimator, Parts
@@ -25,7 +25,7 @@ from curvature.kronecker.moments import HELD, Held
 from curvature.kronecker.operator import Eigenblock, KroneckerOperator
 from curvature.kronecker.send_back import Accumulators
 from curvature.kronecker.spare import Spare
-from curvature.loss_graph import LossGraph, refuse_other_paths
+from curvature.loss_graph import LossGraph
 from curvature.problem import Problem
 from curvature.protocols import TRANSIENT, Observation, State, Statistics
 from curvature.registry import estimators
@@ -80,7 +80,7 @@ class EKFAC(KroneckerEstimator):
             with same_random_numbers(problem.model) if look == 0 else nullcontext():
                 for number, evaluation in enumerate(problem.evaluations()):
                     if look == number == 0:
-                        refuse_other_paths(evaluation.graph, type(self).__name__)
+                        check_derivatives(self, problem, evaluation)
                     own = self._own_weights(problem, evaluation)
                     add_statistics(statistics, self._look(state, evaluation.graph, own), evaluation.share)
             if look == 0:

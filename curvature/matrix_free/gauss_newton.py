@@ -18,6 +18,7 @@ from curvature.loss_graph import LossGraph, explain_missing_derivative, output_t
 from curvature.matrix_free.estimator import MatrixFreeEstimator, Memory
 from curvature.matrix_free.hessian import Mode, check_mode, refuse_padding
 from curvature.matrix_free.snapshot import Snapshot
+from curvature.measured_functions import refuse_unproven_loss
 from curvature.problem import Problem
 from curvature.protocols import HessianProduct, Needs, Observation, State
 from curvature.registry import estimators
@@ -155,8 +156,14 @@ def difference_jvp(snapshot: Snapshot, batch: tuple[Any, Any], v: Sequence[Tenso
 
 
 def refuse_other_paths(snapshot: Snapshot) -> None:
-    """Raise where a part of the loss would be left out; looks at the first batch."""
-    snapshot.on_graph(snapshot.batches[0], loss_graph.refuse_other_paths)
+    """Raise where a part of the loss would be left out, or differentiated wrongly; looks at the first batch."""
+    batch = snapshot.batches[0]
+
+    def check(graph: LossGraph) -> None:
+        loss_graph.refuse_other_paths(graph)
+        refuse_unproven_loss(snapshot.problem, graph, batch[1])
+
+    snapshot.on_graph(batch, check)
 
 
 

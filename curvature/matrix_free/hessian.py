@@ -19,6 +19,7 @@ from curvature.loss_graph import LossGraph, explain_missing_derivative
 from curvature.matrix_free.estimator import MatrixFreeEstimator, Memory
 from curvature.matrix_free.operator import MatrixFreeOperator
 from curvature.matrix_free.snapshot import Snapshot
+from curvature.measured_functions import prove_hessian
 from curvature.problem import Problem
 from curvature.protocols import HessianProduct, Needs, Observation, State
 from curvature.registry import estimators
@@ -110,7 +111,13 @@ class Hessian(MatrixFreeEstimator):
 
     def snapshot(self, problem: Problem) -> Snapshot:
         """Differences take the model as it is; derivatives of derivatives need the math attention kernel."""
-        return Snapshot(problem, math_attention=self.hvp != "finite-difference", reuse_graph=self.reuse_graph)
+        snapshot = Snapshot(problem, math_attention=self.hvp != "finite-difference", reuse_graph=self.reuse_graph)
+        if self.hvp == "reverse" and snapshot.has_doubtful_functions:
+            batch = snapshot.batches[0]
+            prove_hessian(
+                lambda leaves, then: snapshot.within(leaves, lambda: then(snapshot.evaluate(batch)[0])), snapshot.params
+            )
+        return snapshot
 
     def estimate(self, problem: Problem) -> MatrixFreeOperator:
         """H of all batches of ``problem`` at its present θ."""

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from curvature.custom_functions import doubtful_nodes
+from curvature.frame import Frame
 from curvature.loss_graph import LossGraph
 from curvature.problem import Problem
 
@@ -51,7 +53,8 @@ class Snapshot:
         self.batches = [b for _, b in kept]
         self.params = [p.detach().clone() for p in problem.params]
         self.uses_padding_idx = False
-        self._frame = _Frame(problem.model)
+        self.has_doubtful_functions = False
+        self._frame = Frame(problem.model)
         self._math_attention = math_attention
         known = {id(p): name for name, p in self._frame.named_parameters()}
         self._names = [known[id(p)] for p in problem.params]
@@ -167,6 +170,7 @@ class Snapshot:
             with spy, torch.autograd.graph.saved_tensors_hooks(held.pack, held.unpack):
                 loss, outputs = self._substituted(leaves, lambda: self.evaluate(batch))
         self.uses_padding_idx = spy.seen
+        self.has_doubtful_functions = bool(doubtful_nodes(loss.grad_fn))
         LossGraph(loss, leaves, outputs)  # a scalar that requires grad, or a clear error
         second = loss.detach()
         if not bool(torch.isfinite(second).all()):
@@ -184,20 +188,6 @@ class Snapshot:
                 "the model within the loss, so that it is taken at the θ of the observation"
             )
         return held.total
-
-
-class _Frame(nn.Module):
-    """Runs anything at all while ``functional_call`` has substituted the model's tensors.
-
-    So a loss that reads the model's parameters sees the substituted ones, and so does a backward pass.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, run: Callable[[], T]) -> T:
-        return run()
 
 
 class _HeldBytes:
