@@ -100,7 +100,10 @@ class PerSample:
                     continue
                 grows = tuple(call.record.shape) == (*(self.count * n for n in shape[:1]), *shape[1:])
                 spread = self.found.broadcast(call, self.count) if self.count > 1 else None
-                if spread is None:
+                if any(isinstance(x, Tensor) for x in vars(modules[name]).values()):
+                    # What it multiplies by is computed from its parameters when it is called (weight_norm by a hook).
+                    use = Use(modules[name], len(self.calls), self.count, None)
+                elif spread is None:
                     use = Use.of(modules[name], call.record, len(self.calls), self.count)
                 else:
                     call = Call(call.record, spread)
@@ -179,7 +182,16 @@ class PerSample:
     def _gradients(self, of: Sequence[Tensor | GradientEdge], seed: Tensor | None) -> list[Tensor | None]:
         if not of:
             return []
-        return list(torch.autograd.grad(self.of, of, seed, retain_graph=True, allow_unused=True))  # type: ignore[arg-type]
+        return self._shaped(torch.autograd.grad(self.of, of, seed, retain_graph=True, allow_unused=True))  # type: ignore[arg-type]
+
+    def _shaped(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The first of them, those of the recorded calls, in the shape of the output, which the node may not know."""
+        found = list(gradients)
+        for k, call in enumerate(self.calls):
+            g = found[k]
+            if g is not None and g.shape != call.record.shape and g.numel() == call.record.shape.numel():
+                found[k] = g.reshape(call.record.shape)
+        return found
 
     def _one_by_one(
         self, which: Sequence[int], total: dict[int, Tensor], weights: Tensor, seed: Tensor | None
@@ -240,9 +252,8 @@ class PerSample:
         # A run of one row cannot be in another order, unless another axis is as long.
         return use.inputs is None or any(x.shape[1] != 1 or self.count in x.shape[2:3] for x in use.inputs)
 
-    @staticmethod
-    def _gradients_of(of: Tensor, edges: Sequence[GradientEdge], seed: Tensor) -> list[Tensor | None]:
-        return list(torch.autograd.grad(of, edges, seed, retain_graph=True, allow_unused=True))
+    def _gradients_of(self, of: Tensor, edges: Sequence[GradientEdge], seed: Tensor) -> list[Tensor | None]:
+        return self._shaped(torch.autograd.grad(of, edges, seed, retain_graph=True, allow_unused=True))
 
 
 def first_sample_alone(

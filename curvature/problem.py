@@ -128,6 +128,13 @@ def trainable_parameters(model: nn.Module) -> list[Tensor]:
         raise ValueError(
             "the model has no parameter that requires grad: unfreeze what the curvature is wanted for"
         )
+    for name, module in model.named_modules():
+        trained = any(p.requires_grad for p in module.parameters(recurse=False))
+        if trained and getattr(module, "scale_grad_by_freq", False):
+            raise ValueError(
+                f"{name!r} has scale_grad_by_freq=True, so that its gradient belongs to no loss, and has no "
+                "curvature: set it to False, or freeze the layer"
+            )
     for name, p in model.named_parameters():
         if p.requires_grad and p.is_complex():
             raise ValueError(f"parameter {name!r} is complex; view it as real (torch.view_as_real)")

@@ -52,7 +52,13 @@ def row_weights(weights: Tensor, lead: Sequence[int], where: str) -> Tensor:
         return spread.reshape(-1, *[1] * (len(lead) - 1)).expand(lead)
     if _flattened(lead, weights):
         return weights.reshape(lead)
+    if c.shape[0] == 1:  # all rows are the one sample's
+        if [n for n in lead if n != 1] == [n for n in weights.shape if n != 1]:
+            return weights.reshape(lead)
+        return (c / max(math.prod(lead), 1)).expand(lead)
     if not uneven(weights):
+        if math.prod(lead) % c.shape[0]:  # some samples or positions only (routing): a row weighs as one of z's
+            return weights.mean().expand(lead)
         return (weights.sum() / max(math.prod(lead), 1)).expand(lead)
     raise ValueError(
         f"{where} was called with positions of shape {lead}, the loss weighs outputs of shape {tuple(weights.shape)} "

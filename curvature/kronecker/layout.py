@@ -159,12 +159,11 @@ def build_layout(
             known = tuple((n, i) for n, i in held.items() if n in (rule.scale, rule.shift))
             scales.append(ScaleLayer(rule, name, known))
             continue
-        use, reason = _use(name, module, rule, index, exclude, max_dim)
-        if use is None:
-            reasons[label] = reason
-            continue
-        uses.append(use)
-        if any(i not in (use.weight, use.bias) for i in own):
+        found, why = _uses(name, module, rule, index, exclude, max_dim)
+        uses += found
+        if why:
+            reasons[label] = why
+        elif any(i not in {j for use in found for j in (use.weight, use.bias)} for i in own):
             reasons[label] = "parameters that its rule does not know"
     blocks = _merge(_with_known_sharers(uses, modules, index, reasons), reasons)
     covered = {i for b in blocks for i in b.members}
@@ -175,6 +174,26 @@ def build_layout(
     ]
     names, shapes = tuple(named[id(p)] for p in params), tuple(p.shape for p in params)
     return Layout(names, shapes, tuple(blocks), rest, tuple(alone), reasons)
+
+
+def _uses(
+    name: str,
+    module: nn.Module,
+    rule: LayerRule | None,
+    index: dict[int, int],
+    exclude: Sequence[str],
+    max_dim: int | None,
+) -> tuple[list[_Use], str]:
+    """The uses of a module's weights, and why some of them are left to the diagonal."""
+    found, reasons = [], []
+    for part in (None,) if rule is None else rule.parts(module):
+        use, reason = _use(name, module, part, index, exclude, max_dim)
+        if use is not None:
+            found.append(use)
+        else:
+            reasons.append(reason)
+    left = [r for r in reasons if r != "no rule"]
+    return found, left[0] if left else "" if found else "no rule"
 
 
 def _use(

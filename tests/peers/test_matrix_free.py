@@ -11,7 +11,7 @@ from torch import nn
 
 from curvature import EmpiricalFisher, Fisher, GaussNewton, Hessian, estimate, to_scipy
 from curvature.likelihood import OutputLikelihood
-from curvature.spectrum import hutch_plus_plus, hutchinson_trace, xdiag
+from curvature.spectrum import hutch_plus_plus, hutchinson_trace, spectral_density, xdiag
 from curvature.spectrum.flat import FlatOperator
 from curvature.vectors import flatten
 from tests.curvature import dense
@@ -151,3 +151,19 @@ def test_empirical_fisher_counts_a_sample_by_its_weight_where_the_peer_does_not(
     assert dense.relative_error(ours, exact) < 1e-12
     peers = theirs(curvlinops.EFLinearOperator, model, loss_fn, [(x, y)])
     assert not dense.relative_error(peers, exact) < 0.01
+
+
+@pytest.mark.parametrize("network", ["perceptron", "convolution"])
+def test_quadrature_of_the_spectrum(network: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes and weights of one Lanczos process from the same vector, few enough steps that theirs stays orthogonal."""
+    model, loss_fn, data = setting(network, "cross entropy")
+    params = list(model.parameters())
+    B = estimate(GaussNewton(), model, loss_fn, data)
+    ours = spectral_density(B, steps=8, probes=1, seed=5)
+    start = FlatOperator(B).signs(1, 5)[:, 0]
+    module = importlib.import_module("curvlinops.papyan2020traces.spectrum")
+    monkeypatch.setattr(module, "randn", lambda *_, **__: start.clone())
+    made = curvlinops.GGNLinearOperator(model, loss_fn, params, data, check_deterministic=False)
+    nodes, vectors = module.fast_lanczos(made, 8)
+    assert (ours.nodes[0] - nodes).abs().max() < 1e-8 * nodes.abs().max()
+    assert (ours.weights[0] - vectors[0] ** 2).abs().max() < 1e-8

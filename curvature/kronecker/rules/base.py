@@ -85,6 +85,10 @@ class LayerRule:
     bias: ClassVar[str | None] = "bias"
     diagonal_input: ClassVar[bool] = False
 
+    def parts(self, module: nn.Module) -> tuple[LayerRule, ...]:
+        """The rules of the module's weights; several where it has several weights, each a block of its own."""
+        return (self,)
+
     def refuse(self, module: nn.Module) -> str | None:
         """Why this very module cannot be treated, or ``None``; a refused module falls back to the diagonal."""
         return None

@@ -1,13 +1,14 @@
 """Multi-head attention, which applies its weights by function calls: they are found in the graph.
 
 The packed weight of query, key and value projections is three groups, whatever products compute them: one for all
-three in self-attention, two where key and value are the same, three otherwise.
+three in self-attention, two where key and value are the same, three otherwise. Where keys or values have dimensions of
+their own (``kdim``, ``vdim``) there are three weights, each a block, and their packed bias is a block of three groups.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
+from typing import ClassVar, cast
 
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
@@ -61,9 +62,9 @@ class PackedProjectionRule(LayerRule):
     weight = "in_proj_weight"
     bias = "in_proj_bias"
 
-    def refuse(self, module: nn.Module) -> str | None:
+    def parts(self, module: nn.Module) -> tuple[LayerRule, ...]:
         assert isinstance(module, nn.MultiheadAttention)
-        return None if module._qkv_same_embed_dim else "projections of unequal dimensions (kdim, vdim)"
+        return (self,) if module._qkv_same_embed_dim else (*SEPARATE, self)
 
     def dims(self, module: nn.Module) -> Dims:
         assert isinstance(module, nn.MultiheadAttention)
@@ -102,6 +103,56 @@ class PackedProjectionRule(LayerRule):
             gradient = gradient.transpose(0, 1)
         split = gradient.reshape(*gradient.shape[:-1], -1, module.embed_dim)
         return split.movedim(-2, 0)
+
+
+class SeparateProjectionRule(LayerRule):
+    """The weight of one projection of ``torch.nn.MultiheadAttention`` with ``kdim`` or ``vdim``."""
+
+    bias = None
+    argument: ClassVar[tuple[int, str]]
+
+    def calls(self, name: str, modules: Mapping[str, nn.Module], trace: Trace) -> list[BlockCall]:
+        module = cast(nn.MultiheadAttention, modules[name])
+        recorded = trace.calls.get(name, [])
+        uses = trace.uses.get(id(module.get_parameter(self.weight)), [])
+        found = []
+        for call, (use,) in zip(recorded, _calls_of(uses, recorded, name), strict=True):
+            call.record.check_unchanged()
+            x = call.record.argument(*self.argument)
+            shape = (*_inner_lead(module, x), module.embed_dim)
+            found.append(BlockCall(module, name, (x,), GradientEdge(use.node, 0), shape))
+        return found
+
+    def input_rows(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+        assert isinstance(module, nn.MultiheadAttention)
+        return _samples_first(module, inputs[0]).unsqueeze(0)
+
+    def gradient_rows(self, module: nn.Module, gradient: Tensor) -> Tensor:
+        return (gradient.transpose(0, 1) if gradient.dim() == 3 else gradient).unsqueeze(0)
+
+
+class QueryProjectionRule(SeparateProjectionRule):
+    """W_q."""
+
+    weight = "q_proj_weight"
+    argument = (0, "query")
+
+
+class KeyProjectionRule(SeparateProjectionRule):
+    """W_k."""
+
+    weight = "k_proj_weight"
+    argument = (1, "key")
+
+
+class ValueProjectionRule(SeparateProjectionRule):
+    """W_v."""
+
+    weight = "v_proj_weight"
+    argument = (2, "value")
+
+
+SEPARATE = (QueryProjectionRule(), KeyProjectionRule(), ValueProjectionRule())
 
 
 class OutputProjectionRule(LayerRule):

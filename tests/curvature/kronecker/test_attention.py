@@ -194,22 +194,37 @@ def check_the_rest(operator: Any, model: nn.Module, x: Tensor) -> None:
         assert dense.relative_error(diagonal[i], exact[i]) < TIGHT, operator.layout.names[i]
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kind", [KFAC, EKFAC])
-def test_projections_of_other_dimensions_have_their_exact_diagonal(
-    kind: type[KFAC], training: bool, bias: bool
+def test_projections_of_other_dimensions_are_a_block_each_and_their_packed_bias_another(
+    kind: type[KFAC], training: bool, bias: bool, batch_first: bool
 ) -> None:
-    model = Model("all different", {"need_weights": False}, kdim=3, vdim=2, bias=bias, batch_first=True)
-    model, twin, x = model.train(training), Written(model).train(training), torch.randn(N, L + S, E)
-    torch.testing.assert_close(twin(x), model(x))
-    with pytest.warns(UserWarning, match=r"'attention'.*projections of unequal dimensions \(kdim, vdim\)"):
-        B = estimate(kind(model), model, LOSS, [(x, Y)])
-    theirs = blocks_of(estimate(kind(twin), twin, LOSS, [(x, Y)]))
-    assert dense.relative_error(blocks_of(B)["attention.out_proj"], theirs["out"]) < TIGHT
-    names = {B.layout.names[i] for i in B.layout.diagonal}
-    assert names >= {f"attention.{n}_proj_weight" for n in "qkv"}
-    check_the_rest(B, model, x)
+    model = Model("all different", {"need_weights": False}, kdim=3, vdim=2, bias=bias, batch_first=batch_first)
+    model, x = model.train(training), torch.randn(N, L + S, E)
+    B = estimate(kind(model), model, LOSS, [(x, Y)])
+    assert not B.layout.diagonal
+    ours = {B.layout.names[b.block.root]: b.dense() for b in B.blocks}
+    for part in ("weight", "bias") if bias else ("weight",):  # in the twin each of the two alone
+        twin = Written(model).train(training)
+        torch.testing.assert_close(twin(x), model(x))
+        for layer in (twin.q, twin.k, twin.v):
+            for name, p in layer.named_parameters():
+                p.requires_grad_(name == part)
+        theirs = blocks_of(estimate(kind(twin), twin, LOSS, [(x, Y)]))
+        for group, name in enumerate("qkv"):
+            weight, biases = ours[f"attention.{name}_proj_weight"], ours.get("attention.in_proj_bias")
+            found = weight[0] if part == "weight" else biases[group]
+            scale = theirs["q" if part == "weight" else "v"].abs().max()  # a softmax does not feel the keys' bias
+            assert float((found - theirs[name][0]).abs().max() / scale) < TIGHT, (name, part)
+        assert dense.relative_error(ours["attention.out_proj.weight"], theirs["out"]) < TIGHT
+    if kind is EKFAC:
+        z = model(x)
+        G = dense.gauss_newton(LOSS(z, Y), z, dense.trainable(model))
+        assert abs(float(dense.flat(B.diagonal()).sum() / G.trace()) - 1) < TIGHT
+    halves = [(x[:1], Y[:1]), (x[1:], Y[1:])]
+    assert dense.relative_error(estimate(kind(model), model, LOSS, halves).to_dense(), B.to_dense()) < 1e-8
 
 
 @pytest.mark.filterwarnings("ignore:.*treats these by the diagonal")
