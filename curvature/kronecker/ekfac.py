@@ -18,6 +18,7 @@ from torch import Tensor
 from curvature.estimate import add_statistics, check_derivatives
 from curvature.kronecker import learning, measurement
 from curvature.kronecker.eigen import eigh_here
+from curvature.kronecker.equal_eigenvalues import without_choice
 from curvature.kronecker.estimator import KroneckerEstimator, Parts
 from curvature.kronecker.layout import Block, Layout
 from curvature.kronecker.learning import held
@@ -92,6 +93,7 @@ class EKFAC(KroneckerEstimator):
                     break
         else:
             state["moments"] = statistics["moments"]
+            self._drop_choice(state, self._layout(problem.params).blocks)
         return self.operator(state)
 
     def _measure(self, state: State, graph: LossGraph, own_weights: Tensor | None) -> Statistics:
@@ -139,9 +141,11 @@ class EKFAC(KroneckerEstimator):
                 for term in parts.held.terms.get(block.root, ()):
                     term.add_to_(S, *learning.basis_of(state, block))
                 moments[block.root] = S if ranks is None else ranks.sum_(S).div_(ranks.size)
+            self._drop_choice(state, first)
         elif parts.alone is not None and parts.count == 1:
             for block in first:
                 moments[block.root] = parts.alone[block.root]
+            self._drop_choice(state, first)
         else:
             warnings.warn(
                 f"the first step has too many samples to hold (more than {HELD} elements), in several micro-batches or "
@@ -149,6 +153,14 @@ class EKFAC(KroneckerEstimator):
                 "step one smaller batch where that matters",
                 stacklevel=4,
             )
+
+    def _drop_choice(self, state: State, blocks: Sequence[Block]) -> None:
+        """S of blocks that were measured in their present bases, the same whichever bases of eigenspaces these are."""
+        moments = held(state, "moments")
+        for block in blocks:
+            i = block.root
+            values = held(state, "G_values")[i], held(state, "A_values")[i]
+            moments[i] = without_choice(moments[i], values, learning.basis_of(state, block))
 
     def _new(self, state: State, layout: Layout) -> list[Block]:
         """The blocks that have no eigenbases."""
