@@ -56,27 +56,39 @@ class Sweep:
             else:
                 self._last.append((k, edge))
 
-    def run(self, of: Tensor, seed: Tensor, take: Take) -> None:
+    def run(
+        self, of: Tensor, seed: Tensor | None, take: Take, leaves: Sequence[Tensor] = ()
+    ) -> list[Tensor | None]:
         """One pass from ``of`` with the gradient ``seed``; the graph is kept.
 
         Args:
             of: a tensor of the graph, above all edges.
-            seed: shaped like it.
+            seed: shaped like it; ``None`` for a scalar.
             take: what is done with every gradient; it must not write to it.
+            leaves: parameters whose own gradients the same pass is to give.
+
+        Returns:
+            The leaves' gradients.
         """
         handles = []
         try:
             for node, places in self._met.items():
                 handles.append(node.register_prehook(_handing(places, take)))
+            asked: list[Tensor | GradientEdge] = [*(edge for _, edge in self._last), *leaves]
             found = torch.autograd.grad(
-                of, [edge for _, edge in self._last], seed, retain_graph=True, allow_unused=True
+                of,
+                asked,  # type: ignore[arg-type]
+                seed,
+                retain_graph=True,
+                allow_unused=True,
             )
         finally:
             for handle in handles:
                 handle.remove()
-        for (k, _), gradient in zip(self._last, found, strict=True):
+        for (k, _), gradient in zip(self._last, found[: len(self._last)], strict=True):
             if gradient is not None:
                 take(k, gradient)
+        return list(found[len(self._last) :])
 
 
 def _handing(places: Sequence[tuple[int, int]], take: Take) -> Callable[[tuple[Tensor, ...]], None]:

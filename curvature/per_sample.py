@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from curvature.custom_functions import refuse_reentrant
+from curvature.gradient_sweep import Sweep
 from curvature.layer_io import Call, Recorder, Trace
 from curvature.loss_graph import LossGraph
 from curvature.measured_weights import leaves, rows
@@ -80,6 +81,7 @@ class PerSample:
 
     def __post_init__(self) -> None:
         refuse_coupled(self.model)
+        self._sweep: Sweep | None = None
         self.calls: list[Call] = []
         self.split_for_sure: set[int] = set()
         self.found: Trace = self.recorder.trace(self.of)
@@ -140,21 +142,20 @@ class PerSample:
             seed: shaped like ``of``.
         """
         params = self.graph.params
-        edges = [call.edge for call in self.calls]
-        reference: dict[int, Tensor | None] = {}
+        asked: list[int] = []
         if not self.proven:
-            asked = [i for i in range(len(params)) if i not in self.evident]
-            gradients = self._gradients([*edges, *(params[i] for i in asked)], seed)
-            reference = dict(zip(asked, gradients[len(edges) :], strict=True))
             self._refuse_mixed_rows()
-        else:
-            gradients = self._gradients(edges, seed)
-        total: dict[int, Tensor] = {}
-        rest = []
+            asked = [i for i in range(len(params)) if i not in self.evident]
         room = Room()
+        total: dict[int, Tensor] = {}
+        gradients, found_at_end = self._swept(total, weights, seed, [params[i] for i in asked], room)
+        reference = dict(zip(asked, found_at_end, strict=True))
+        rest = []
         was_enabled, self.recorder.enabled = self.recorder.enabled, False
         try:
             for i, p in enumerate(params):
+                if i in total:
+                    continue
                 expected = reference.get(i)
                 if i in reference and expected is None:
                     self.covered[i] = []  # the gradient does not reach this parameter
@@ -179,19 +180,58 @@ class PerSample:
         self._one_by_one(rest, total, weights, seed)
         return [total[i] for i in range(len(params))]
 
-    def _gradients(self, of: Sequence[Tensor | GradientEdge], seed: Tensor | None) -> list[Tensor | None]:
-        if not of:
-            return []
-        return self._shaped(torch.autograd.grad(self.of, of, seed, retain_graph=True, allow_unused=True))  # type: ignore[arg-type]
-
     def _shaped(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The first of them, those of the recorded calls, in the shape of the output, which the node may not know."""
         found = list(gradients)
-        for k, call in enumerate(self.calls):
-            g = found[k]
-            if g is not None and g.shape != call.record.shape and g.numel() == call.record.shape.numel():
-                found[k] = g.reshape(call.record.shape)
+        for k in range(len(self.calls)):
+            if (g := found[k]) is not None:
+                found[k] = self._in_shape(k, g)
         return found
+
+    def _in_shape(self, k: int, gradient: Tensor) -> Tensor:
+        """The gradient of call k in the shape of its output."""
+        shape = self.calls[k].record.shape
+        alike = gradient.shape != shape and gradient.numel() == shape.numel()
+        return gradient.reshape(shape) if alike else gradient
+
+    def _swept(
+        self, total: dict[int, Tensor], weights: Tensor, seed: Tensor | None, leaves: Sequence[Tensor], room: Room
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """One backward pass, which forms the squares of evident parameters as it meets their layers.
+
+        Returns:
+            The gradients at the calls that other parameters need too, and those of ``leaves``.
+        """
+        gradients: list[Tensor | None] = [None] * len(self.calls)
+        if not self.calls and not leaves:
+            return gradients, []
+        readers: dict[int, list[int]] = {}
+        for i, uses in self.covered.items():
+            for use in uses:
+                readers.setdefault(use.index, []).append(i)
+        missing = {i: len(uses) for i, uses in self.covered.items() if i in self.evident}
+
+        def take(k: int, gradient: Tensor) -> None:
+            gradients[k] = self._in_shape(k, gradient)
+            done = {k}
+            for i in readers.get(k, ()):
+                if i not in missing:
+                    continue
+                missing[i] -= 1
+                if missing[i]:
+                    continue
+                uses = self.covered[i]
+                squares = squares_of_uses(self.graph.params[i], uses, gradients, weights, None, room)
+                if squares is not None:
+                    total[i] = squares
+                    done.update(use.index for use in uses)
+            for use_number in done:
+                if all(i in total for i in readers.get(use_number, ())):
+                    gradients[use_number] = None
+
+        if self._sweep is None:
+            self._sweep = Sweep([call.edge for call in self.calls], self.found.readers)
+        return gradients, self._sweep.run(self.of, seed, take, leaves)
 
     def _one_by_one(
         self, which: Sequence[int], total: dict[int, Tensor], weights: Tensor, seed: Tensor | None

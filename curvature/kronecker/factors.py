@@ -169,9 +169,9 @@ def gradient_factor_(into: Tensor, rows: Tensor, empty: bool = False) -> Tensor:
     return into
 
 
-#: A symmetric product of at least this size is formed in two panels, one of four times the size in four. More panels
-#: save more of the product, and spend what they save on copying its mirror image where few rows are summed.
+#: A symmetric product of at least this size is formed in panels: they save more than copying mirror images costs.
 SPLIT = 384
+PANELS = 4
 
 
 def add_gram_(into: Tensor, left: Tensor, right: Tensor, empty: bool = False) -> None:
@@ -183,7 +183,7 @@ def add_gram_(into: Tensor, left: Tensor, right: Tensor, empty: bool = False) ->
         right: R, (groups, M, d).
         empty: S = Lᵀ R instead, whatever S contains: neither zeros are written before nor S is read.
 
-    Cost: three quarters of the full product, or five eighths of a large one; a BLAS's ``syrk`` would take half.
+    Cost: five eighths of the full product where it is large; a BLAS's ``syrk`` would take half.
     """
     d = into.shape[-1]
     beta = 0 if empty else 1  # with 0, what S contains is not read, NaN or not
@@ -196,11 +196,10 @@ def add_gram_(into: Tensor, left: Tensor, right: Tensor, empty: bool = False) ->
             into.copy_(left.mT @ right) if empty else into.add_(left.mT @ right)
         return
     S, L, R = into[0], left[0], right[0]
-    panels = 1 + (d >= SPLIT) + 2 * (d >= 4 * SPLIT)
-    if panels < 2:  # one matrix: the plain product is faster than a batch of one
+    if d < SPLIT:  # one matrix: the plain product is faster than a batch of one
         S.addmm_(L.mT, R, beta=beta)
         return
-    width = -(-d // panels)
+    width = -(-d // PANELS)
     for start in range(0, d, width):
         stop = min(start + width, d)
         S[start:stop, start:].addmm_(L[:, start:stop].mT, R[:, start:], beta=beta)
