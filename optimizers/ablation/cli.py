@@ -33,7 +33,7 @@ app = typer.Typer(
 console = Console()
 errors = Console(stderr=True)
 # columns that a terminal 80 wide has room for; the files have all
-NARROW = ("cell", "lr", "train loss", "validation loss", "test metric", "steps to target", "ms/step")
+NARROW = ("cell", "lr", "validation loss", "test metric", "steps to target", "ms/step")
 
 
 def main() -> None:
@@ -257,8 +257,13 @@ def _print_outcome(outcome: Any) -> None:
     }
     shown = [name for name, _ in results.COLUMNS if console.width >= 150 or name in NARROW]
     for position, name in enumerate(shown):
+        # two lines of a title, and no number broken over lines: the cell's name takes what room is left
+        title = titles.get(name, name).replace(" to ", " to\n").replace("validation ", "validation\n")
         table.add_column(
-            titles.get(name, name), justify="left" if position == 0 else "right", overflow="fold"
+            title.replace("test ", "test\n"),
+            justify="left" if position == 0 else "right",
+            overflow="fold",
+            no_wrap=position > 0,
         )
     for row in outcome.table():
         table.add_row(*(_escaped(row[name]) for name in shown))

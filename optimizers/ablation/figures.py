@@ -9,20 +9,22 @@ import io
 import math
 import re
 import statistics
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from optimizers.ablation.comparison import Comparison
 from optimizers.ablation.profiles import Profile
 from optimizers.ablation.results import Record, Row, number
 
-# mid tones, readable on white and on black
-COLORS = (
-    "#2f7ed8", "#e07b1f", "#2fa84f", "#d9433f", "#9266cc", "#a3704c", "#d962ae", "#7f8c8d", "#a8a32a", "#17a2b8",
-)  # fmt: skip
-DASHES = ((), (5, 2), (1, 1.5), (6, 2, 1, 2))
+# Okabe & Ito's colours that stand out from white and from black alike, and a brown; with red-green blindness too
+# no two of them are alike. So few that more cells differ by their dashes.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8c6d31")
+DASHES = ((), (5, 2), (1, 1.5), (6, 2, 1, 2), (10, 3))
+VERDICTS = {"better": COLORS[0], "worse": COLORS[1], "not separated": "#808080"}
 INK = "#22282e"  # in the SVG it becomes the page's own text colour
 Style = dict[str, Any]
 
@@ -81,6 +83,19 @@ def _axes(x: str, y: str, height: float = 3.6) -> tuple[Figure, Any]:
     return figure, axes
 
 
+class _Plain(LogFormatter):
+    """Labels the ticks that its parent does, as plain numbers: 0.6, not 6 times 10 to the power of -1."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
+def _logarithmic(axes: Any) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(_Plain())
+    axes.yaxis.set_minor_formatter(_Plain(minor_thresholds=(1, 0.4)))
+
+
 def _band(axes: Any, xs: Sequence[float], columns: Sequence[Sequence[float]], style: Style) -> None:
     """The median over seeds as a line, and from the least to the largest a band."""
     axes.plot(xs, [statistics.median(column) for column in columns], linewidth=1.6, **style)
@@ -121,7 +136,7 @@ def losses(rows: Sequence[Row], look: Mapping[str, Style], measure: str, axis: s
         values += [value for column in columns for value in column if math.isfinite(value)]
         axes.set_ylim(*_limits(values, columns[0][0]))
     if values and min(values) > 0:
-        axes.set_yscale("log")
+        _logarithmic(axes)
         axes.grid(visible=True, which="minor", color="#888888", alpha=0.1)
     if axis != "step" and axes.lines:  # the slowest must not squeeze the others
         ends = sorted(float(line.get_xdata()[-1]) for line in axes.lines)
@@ -138,7 +153,7 @@ def _limits(values: Sequence[float], start: float) -> tuple[float, float]:
 
 def trace(rows: Sequence[Row], look: Mapping[str, Style], name: str, label: str) -> Figure | None:
     """Draw what the optimizer recorded at its steps; None where no cell recorded it."""
-    figure, axes = _axes("training step", label)
+    figure, axes = _axes("training step", textwrap.fill(label, 40))
     values: list[float] = []
     for row in rows:
         series, places = _traces(row.records, name)
@@ -153,7 +168,7 @@ def trace(rows: Sequence[Row], look: Mapping[str, Style], name: str, label: str)
     low, high = (ordered[int(q * (len(ordered) - 1))] for q in (0.01, 0.99))
     margin = 0.08 * (high - low) or 0.1 * abs(high) or 0.1
     if name in ("radius", "damping") and low > 0 and high > 20 * low:
-        axes.set_yscale("log")
+        _logarithmic(axes)
         axes.set_ylim(low / 1.3, high * 1.3)
     else:
         axes.set_ylim(low - margin, high + margin)
@@ -193,7 +208,7 @@ def sensitivities(curves: Mapping[str, Mapping[float, float]], look: Mapping[str
     axes.set_xscale("log")
     low = min(finite)
     if low > 0:
-        axes.set_yscale("log")
+        _logarithmic(axes)
         axes.set_ylim(low / 1.1, min(max(finite) * 1.1, 20 * low))
     return figure
 
@@ -266,9 +281,8 @@ def profiles(found: Mapping[str, Profile], look: Mapping[str, Style], cost: str)
 
 
 def forest(found: Sequence[Comparison], name: str, label: str, null: float) -> Figure:
-    """Draw an interval a cell against a line of equality; what the interval does not separate is grey."""
+    """Draw an interval a cell against a line of equality; what it does not separate is grey and hollow."""
     figure, axes = _axes(label, "", 0.9 + 0.34 * len(found))
-    colors = {"better": "#2fa84f", "worse": "#d9433f", "not separated": "#888888"}
     ends = [
         value
         for comparison in found
@@ -280,7 +294,8 @@ def forest(found: Sequence[Comparison], name: str, label: str, null: float) -> F
     margin = 0.06 * (high - low) or 0.1
     right = min(high + margin, 4.0) if ratio else high + margin
     for place, comparison in enumerate(reversed(found)):
-        interval, color = getattr(comparison, name), colors[comparison.verdicts[name]]
+        interval, verdict = getattr(comparison, name), comparison.verdicts[name]
+        color = VERDICTS[verdict]
         start = interval.low if math.isfinite(interval.low) else right
         axes.plot([min(start, right), min(interval.high, right)], [place, place], color=color, linewidth=2)
         inside = math.isfinite(interval.estimate) and interval.estimate <= right
@@ -289,6 +304,7 @@ def forest(found: Sequence[Comparison], name: str, label: str, null: float) -> F
             [place],
             marker="o" if inside else ">",
             color=color,
+            fillstyle="none" if verdict == "not separated" else "full",
             markersize=5,
         )
     axes.axvline(null, color=INK, linewidth=1, dashes=(3, 2))

@@ -279,6 +279,8 @@ def database_errors(url: str) -> Iterator[None]:
         safe = _without_password(url)
         if "locked" in text:
             remedy = "another program has locked it: close that program, or give another --storage"
+        elif "disk is full" in text or "disk I/O error" in text or "No space left" in text:
+            remedy = "make room on its disk, then give the same command once more"
         elif "version" in text or "schema" in text:
             remedy = f"it was made by another version of Optuna: optuna storage upgrade --storage {safe}, or a new one"
         elif isinstance(cause, ImportError) or "Can't load plugin" in text:

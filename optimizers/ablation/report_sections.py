@@ -199,8 +199,11 @@ def _pictures(
     for reference in dict.fromkeys(entry.reference for entry in compared):
         own = [entry for entry in compared if entry.reference == reference]
         for axis, name in (("steps", "Steps"), ("gradients", "Gradients"), ("seconds", "Time")):
-            figure = figures.forest(own, axis, f"fraction of {reference}'s {name.lower()}", 1.0)
-            note = "Median over seeds with its 95% interval; grey is not separated, an arrow a miss."
+            figure = figures.forest(own, axis, f"{name.lower()} over those of {reference}", 1.0)
+            note = (
+                "Median over seeds with its 95% interval. Blue is better, orange worse, grey and hollow not separated; "
+                "an arrow is a miss or lies beyond the picture."
+            )
             found.append(Picture(f"{name} to where {reference} ends", figure, note, "Against the baselines"))
     seeds = performance(outcome)
     if seeds is not None:

@@ -156,8 +156,8 @@ def table(rows: Sequence[Row], problem: workload.Workload) -> list[dict[str, str
             "test metric": spread(row.values("test_metric")),
             "steps to target": _median([reached(r, problem.target, goal) for r in row.records]),
             "diverged": f"{row.diverged:.0%}",
-            "state bytes": f"{row.values('state_bytes')[0]:.0f}",
-            "ms/step": f"{1e3 * statistics.median(row.values('seconds_per_step')):.2f}",
+            "state bytes": _finite(row.values("state_bytes")[0], ".0f"),
+            "ms/step": _finite(1e3 * statistics.median(row.values("seconds_per_step")), ".2f"),
             "CPU ms/step": _processor(row),
             "seconds to target": _median([reached(r, problem.target, goal, "seconds") for r in row.records]),
         }
@@ -184,8 +184,11 @@ def spread(values: Sequence[float]) -> str:
 
 
 def _median(values: Sequence[float]) -> str:
-    middle = statistics.median(values)
-    return f"{middle:.4g}" if math.isfinite(middle) else "-"
+    return _finite(statistics.median(values), ".4g")
+
+
+def _finite(value: float, form: str) -> str:
+    return format(value, form) if math.isfinite(value) else "-"
 
 
 def markdown(rows: Sequence[dict[str, str]]) -> str:

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import html
+import itertools
 import json
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from optimizers.ablation import Ablation, AblationError, Cell, ablate
+from optimizers.ablation import Ablation, AblationError, Cell, ablate, figures
 from optimizers.ablation.report import report
 from optimizers.ablation.store import Store
 
@@ -92,6 +94,38 @@ def _luminance(colour: str) -> float:
 def _contrast(first: str, second: str) -> float:
     low, high = sorted([_luminance(first), _luminance(second)])
     return (high + 0.05) / (low + 0.05)
+
+
+# Machado, Oliveira & Fernandes 2009, severity 1, on linear RGB; and the CIE's matrix from linear sRGB to XYZ
+VISIONS = {
+    "usual": np.eye(3),
+    "protanopia": np.array([[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
+                            [-0.003882, -0.048116, 1.051998]]),
+    "deuteranopia": np.array([[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
+                              [-0.011820, 0.042940, 0.968881]]),
+}  # fmt: skip
+XYZ = np.array(
+    [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+)
+
+
+def _lab(colour: str, vision: np.ndarray) -> np.ndarray:
+    parts = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    x, y, z = np.cbrt(XYZ @ np.clip(vision @ linear, 1e-3, 1) / (0.95047, 1, 1.08883))
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("vision", VISIONS)
+def test_lines_are_told_apart_with_and_without_red_and_green_and_stand_out_from_the_page(vision: str) -> None:
+    labs = [_lab(colour, VISIONS[vision]) for colour in figures.COLORS]
+    apart = [np.linalg.norm(a - b) for a, b in itertools.combinations(labs, 2)]
+    assert min(apart) > 15  # a difference of 2 is just noticed, side by side
+    for colour, page in itertools.product(figures.COLORS, ("#ffffff", "#f6f8fa", "#0f1419", "#171d24")):
+        rgb = ["{},{},{}".format(*(int(c[i : i + 2], 16) for i in (1, 3, 5))) for c in (colour, page)]
+        assert _contrast(*rgb) > 2.85, (colour, page)  # WCAG 2.1 asks for 3, 1.4.11
+    looks = figures.styles([str(i) for i in range(25)]).values()
+    assert len({str(look) for look in looks}) == 25
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
