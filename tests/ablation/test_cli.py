@@ -85,7 +85,8 @@ def test_help_says_what_every_option_is_by_default_and_every_key_of_a_file_has_o
             continue  # lists of tables, and those whose option has another name or an empty default
         option = "--" + field.name.replace("_", "-")
         (line,) = (line for line in out.splitlines() if re.match(rf"\W*{option}[ /,]", line))
-        default = {"steps": "the workload's", "batch_size": "the workload's", "interleave": "--no-interleave"}
+        own = dict.fromkeys(("steps", "batch_size", "evaluation_samples"), "the workload's")
+        default = {**own, "interleave": "--no-interleave"}
         assert str(default.get(field.name, field.default)) in line, line
     assert "(default: four in each written range)" in out
 
