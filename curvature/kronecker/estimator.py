@@ -190,8 +190,9 @@ class KroneckerEstimator(Estimator):
             )
 
     def due(self, state: State) -> bool:
-        """Every ``factor_interval`` steps, beginning with the first."""
-        return cast(int, state["step"]) % self.factor_interval == 0
+        """Once a round of at most ``factor_interval`` steps, which are short while steps are few, as for inverses."""
+        step = cast(int, state["step"])
+        return learning.round_of(step, self.factor_interval)[0] == step
 
     # -- measuring -------------------------------------------------------------------------------------------
 

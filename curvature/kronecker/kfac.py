@@ -11,7 +11,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from curvature.kronecker import owned
+from curvature.kronecker import inverses as formed
+from curvature.kronecker import learning, owned
 from curvature.kronecker.estimator import KroneckerEstimator
 from curvature.kronecker.layout import Block
 from curvature.kronecker.learning import held
@@ -90,17 +91,30 @@ class KFAC(KroneckerEstimator):
     def _owned(self) -> bool:
         return self.inverses == "owner"
 
+    @property
+    def _formed(self) -> bool:
+        """Whether inverses are formed: their owners alone keep eigenbases, to multiply by them for the others."""
+        return self._factored and not self._owned
+
     def _keys(self) -> tuple[str, ...]:
         keys = super()._keys()
+        if self._formed:
+            return tuple(k for k in keys if not k.endswith(("_vectors", "_values"))) + formed.KEYS
         return tuple(k for k in keys if not k.endswith("_vectors")) if self._owned else keys
 
     def _shapes(self, block: Block) -> dict[str, tuple[int, ...]]:
-        keys = self._keys()
+        keys = (*self._keys(), *learning.TRANSPOSED_KEYS)
         shapes = super()._shapes(block)
-        return {k: v for k, v in shapes.items() if k in keys or not k.endswith("_vectors")}
+        if self._formed:
+            shapes["A_used"] = shapes["A"]
+            if "G_vectors" in shapes:
+                shapes["G_used"] = shapes["G_vectors"]
+        return {k: v for k, v in shapes.items() if k in keys}
 
     def _refresh(self, state: State, blocks: Sequence[Block]) -> None:
-        if self._owned:
+        if self._formed:
+            formed.refresh_(state, blocks)
+        elif self._owned:
             owned.refresh_(state, self._layout_of(state, None), blocks)
         else:
             super()._refresh(state, blocks)
@@ -123,7 +137,16 @@ class KFAC(KroneckerEstimator):
         owned.take_gathered(state, self._layout_of(state, None), given)
 
     def operator(self, state: State) -> KroneckerOperator:
-        """B from the eigenbases at hand."""
+        """B from the eigenbases, or the factors, at hand."""
+        if self._formed:
+            layout = self._layout_of(state, None)
+            return formed.FactoredKroneckerOperator(
+                self._like(state, layout),
+                layout,
+                [formed.factorblock(state, b) for b in layout.blocks],
+                [d.clone() for d in held(state, "diagonal")],
+                formed.inverses_of(state),
+            )
         if not self._owned:
             return super().operator(state)
         layout = self._layout_of(state, None)

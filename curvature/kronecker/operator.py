@@ -176,10 +176,7 @@ class KroneckerOperator(Operator):
         if not self.factored:
             denominator = block.values + damping
         else:
-            mean_A, mean_G = block.eigenvalues_a.mean(-1), block.eigenvalues_g.mean(-1)
-            both = (mean_A > 0) & (mean_G > 0)
-            one = torch.ones_like(mean_A)
-            pi = (torch.where(both, mean_A, one) / torch.where(both, mean_G, one)).sqrt()[:, None, None]
+            pi = balance(block.eigenvalues_a.mean(-1), block.eigenvalues_g.mean(-1))[:, None, None]
             root = damping**0.5
             denominator = (block.eigenvalues_g.unsqueeze(-1) + root / pi) * (
                 block.eigenvalues_a.unsqueeze(-2) + root * pi
@@ -191,12 +188,24 @@ class KroneckerOperator(Operator):
         """A tensor of damping on an accelerator is trusted: reading it would wait, and inf shows in the step."""
         if isinstance(damping, Tensor) and damping.device.type != "cpu":
             return
-        # The eigenvalues are clamped at 0, so any λ > 0 leaves nothing to divide by 0. Without one, an eigenvalue of
-        # the size of rounding beside the largest is a 0.
-        rounding = torch.finfo(denominator.dtype).eps * denominator.shape[-1]
-        smallest = 0.0 if float(damping) > 0 else float(rounding * denominator.amax())
-        if not bool(denominator.amin() > smallest):
-            names = ", ".join(repr(m) for m in block.block.modules)
-            raise SingularCurvatureError(
-                f"the damped curvature of {names} is singular; use a damping > 0 (or a larger one)"
-            )
+        refuse_singular(block.block, denominator, float(damping))
+
+
+def balance(mean_A: Tensor, mean_G: Tensor) -> Tensor:
+    """π = √(mean_A / mean_G) of every group, by the means of the factors' diagonals; 1 where one of them is zero."""
+    both = (mean_A > 0) & (mean_G > 0)
+    one = torch.ones_like(mean_A)
+    return (torch.where(both, mean_A, one) / torch.where(both, mean_G, one)).sqrt()
+
+
+def refuse_singular(block: Block, denominator: Tensor, damping: float) -> None:
+    """Raise where a damped eigenvalue is zero."""
+    # The eigenvalues are clamped at 0, so any λ > 0 leaves nothing to divide by 0. Without one, an eigenvalue of
+    # the size of rounding beside the largest is a 0.
+    rounding = torch.finfo(denominator.dtype).eps * denominator.shape[-1]
+    smallest = 0.0 if damping > 0 else float(rounding * denominator.amax())
+    if not bool(denominator.amin() > smallest):
+        names = ", ".join(repr(m) for m in block.modules)
+        raise SingularCurvatureError(
+            f"the damped curvature of {names} is singular; use a damping > 0 (or a larger one)"
+        )
