@@ -128,7 +128,7 @@ class Cost:
         preset: its name.
         parameters: P of the whole model.
         state: bytes of optimizer state that this rank keeps.
-        memory: bytes of parameters, gradients and state that this rank keeps between two steps.
+        memory: bytes of parameters, gradients, state and K-FAC's inverses that this rank keeps between two steps.
         traffic: bytes that the optimizer's step reads and writes at least, the mean over a refresh interval.
         reduced: bytes of the optimizer's own messages that are reduced over all ranks, the mean a step.
         shared: bytes of results that ranks compute for each other, the mean a step.
@@ -156,6 +156,7 @@ class _Factors:
     extra: int = 0
     reduced: float = 0.0
     shared: float = 0.0
+    cached: int = 0
 
     def __add__(self, other: _Factors) -> _Factors:
         return _Factors(
@@ -164,6 +165,7 @@ class _Factors:
             self.extra + other.extra,
             self.reduced + other.reduced,
             self.shared + other.shared,
+            self.cached + other.cached,
         )
 
     def times(self, count: int) -> _Factors:
@@ -174,6 +176,7 @@ class _Factors:
             count * self.extra,
             count * self.reduced,
             count * self.shared,
+            count * self.cached,
         )
 
 
@@ -307,7 +310,7 @@ def cost(
         preset=preset,
         parameters=size,
         state=state,
-        memory=state + 2 * parameter_bytes * -(-size // share),
+        memory=state + FLOAT * factors.cached + 2 * parameter_bytes * -(-size // share),
         traffic=FLOAT * touched / share,
         reduced=reduced if ranks > 1 else 0.0,
         shared=shared,
@@ -324,9 +327,9 @@ def _agreed(row: _Preset) -> float:
 def _factors(kind: str, layer: Layer) -> _Factors:
     """The matrices of one layer."""
     if kind == "kfac":
-        return _kronecker(layer, measured_eigenvalues=False)
+        return _kronecker(layer, in_eigenbases=False)
     if kind == "ekfac":
-        return _kronecker(layer, measured_eigenvalues=True)
+        return _kronecker(layer, in_eigenbases=True)
     if kind == "shampoo":
         sides = [n for shape in layer.shapes for n in _pieces(shape, SHAMPOO_BLOCK)]
         square, rows = sum(n * n for n in sides), sum(sides)
@@ -340,8 +343,12 @@ def _factors(kind: str, layer: Layer) -> _Factors:
     return _Factors()
 
 
-def _kronecker(layer: Layer, *, measured_eigenvalues: bool) -> _Factors:
-    """A and G of a linear layer, the diagonal A and G of an embedding; else a diagonal."""
+def _kronecker(layer: Layer, *, in_eigenbases: bool) -> _Factors:
+    """A and G of a linear layer, the diagonal A and G of an embedding; else a diagonal.
+
+    In eigenbases with their eigenvalues and measured moments (EK-FAC); else the factors once more, as they were at the
+    last refresh, with the inverses beside the state (K-FAC).
+    """
     size = sum(prod(shape) for shape in layer.shapes)
     linear = layer.kind == "linear"
     outputs = layer.rows if linear else layer.columns
@@ -350,13 +357,22 @@ def _kronecker(layer: Layer, *, measured_eigenvalues: bool) -> _Factors:
     inputs = layer.columns + layer.bias if linear else layer.rows
     square = outputs**2 + (inputs**2 if linear else 0)
     diagonal = 0 if linear else inputs
-    moments = size if measured_eigenvalues else 0
+    measured = square + diagonal + 1
+    if not in_eigenbases:
+        return _Factors(
+            square,
+            diagonal,
+            extra=diagonal,
+            reduced=measured,
+            shared=(square + diagonal) / INVERSES,
+            cached=square + diagonal,
+        )
     rows = outputs + inputs
     return _Factors(
         square,
         rows,
-        extra=diagonal + moments,
-        reduced=square + diagonal + moments + 1,
+        extra=diagonal + size,
+        reduced=measured + size,
         shared=(square + rows - diagonal) / INVERSES,
     )
 

@@ -1,9 +1,9 @@
 """K-FAC with factored damping: two formed inverses a layer in place of eigenbases.
 
-Legend: A (groups, n, n), G (groups, d, d) the factors as they were when their layer was last refreshed, V (groups, d, n)
-a vector as [weight, bias] matrices. With π² = (tr A / n) / (tr G / d) the damped block is
-(A + π√λ I) ⊗ (G + √λ/π I), so its inverse is a product too, and (G + √λ/π I)⁻¹ V (A + π√λ I)⁻¹ are two products where an
-eigenbasis takes four. A Cholesky factorisation inverts at O(n³), a tenth of an eigendecomposition's cost.
+Legend: A (groups, n, n), G (groups, d, d) the factors as they were when their layer was last refreshed,
+V (groups, d, n) a vector as [weight, bias] matrices. With π² = (tr A / n) / (tr G / d) the damped block is
+(A + π√λ I) ⊗ (G + √λ/π I), so its inverse is a product too, and (G + √λ/π I)⁻¹ V (A + π√λ I)⁻¹ are two products where
+an eigenbasis takes four. A Cholesky factorisation inverts at n³ multiplications, far fewer than eigenvectors take.
 
 The inverses belong to one λ. They are kept beside the state, which determines them: another λ, a refreshed layer and a
 load form them anew.
@@ -96,8 +96,8 @@ class Inverses:
         place: (rank, size) of the team that formed them: those formed for a single process's own use are not kept in a
             team's, since all ranks must find alike what is missing.
         entries: by a block's root.
-        seen: the last λ that was read, with its tensor and that tensor's version: what has not changed is not read again,
-            since on an accelerator a read waits.
+        seen: the last λ that was read, with its tensor and that tensor's version: what has not changed is not read
+            again, since on an accelerator a read waits.
     """
 
     place: tuple[int, int]
@@ -167,7 +167,7 @@ class FactoredKroneckerOperator(KroneckerOperator):
         inverses: Inverses,
     ) -> None:
         super().__init__(like, layout, (), diagonal, factored=True)
-        self.blocks = list(blocks)  # type: ignore[assignment]
+        self.blocks = list(blocks)  # type: ignore[arg-type]
         self._inverses = inverses
 
     def matvec(self, v: Sequence[Tensor]) -> list[Tensor]:
@@ -202,18 +202,14 @@ class FactoredKroneckerOperator(KroneckerOperator):
         kept, value = self._inverses, self._inverses.value_of(damping)
         blocks = cast("list[Factorblock]", self.blocks)
         found = {root: kept.entries[root] for root in (b.block.root for b in blocks) if root in kept.entries}
-        missing = [
-            b for b in blocks if b.block.root not in found or not found[b.block.root].holds(b, value)
-        ]
+        missing = [b for b in blocks if b.block.root not in found or not found[b.block.root].holds(b, value)]
         if missing:
             formed = divided(
                 [cost_of(b.block) for b in missing],
                 lambda indices: [list(inverted(missing[i], value)) for i in indices],
                 lambda i: [torch.empty_like(x) for x in shaped_like(missing[i])],
             )
-            new = {
-                b.block.root: Entry(b, value, A, G) for b, (A, G) in zip(missing, formed, strict=True)
-            }
+            new = {b.block.root: Entry(b, value, A, G) for b, (A, G) in zip(missing, formed, strict=True)}
             found |= new
             if kept.place == place_now():
                 kept.entries |= new

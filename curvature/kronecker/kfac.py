@@ -43,13 +43,16 @@ class KFAC(KroneckerEstimator):
         likelihood: ``"categorical"``, ``"gaussian"`` or ``"bernoulli"``: what the loss is the negative logarithm of,
             for ``"mc"`` and ``"empirical"``; ``None`` reads it from the loss's own curvature.
         beta: decay of the running means of A and G, in [0, 1); bias-corrected.
-        factor_interval: steps between measurements of A and G, >= 1.
-        inverse_interval: steps between eigendecompositions of a layer, >= 1; layers take turns, so that after the first
-            step none refreshes more than ⌈layers / inverse_interval⌉; sooner while steps are few.
+        factor_interval: steps between measurements of A and G, >= 1; more often while steps are few, as below.
+        inverse_interval: steps between refreshes of a layer's eigenbasis or inverses, >= 1. While steps are few, every
+            one changes the factors: all layers are refreshed at each of the first eight, then once in rounds of a
+            quarter of the run before them, up to this length. Layers take turns in a round, so that no step of one of
+            length R refreshes more than ⌈layers / R⌉.
         max_dim: largest factor; a layer that needs a larger one is treated by the diagonal.
         exclude: names of modules to treat by the diagonal, with all below them.
         damping_kind: ``"exact"``: (B + λI)⁻¹ through the eigenbasis; ``"factored"``: each factor is damped by
-            itself, split by π, the approximation of the original paper.
+            itself, split by π, the approximation of the original paper. It keeps two formed inverses a layer and no
+            eigenbasis (with ``inverses="everywhere"``), for half the products and a fraction of the refresh.
         inverses: where data-parallel ranks keep eigenbases. ``"everywhere"``: a rank decomposes its share and sends it
             to all. ``"owner"``: it keeps its share alone and multiplies its blocks for the others, who never see the
             bases: 1/R of the memory on R ranks, for a message of the gradient's size at every product and solve. The

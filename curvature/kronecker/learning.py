@@ -174,8 +174,14 @@ def refresh_(state: State, blocks: Sequence[Block], decompose: Decomposition = e
             held(state, "G_values")[i] = torch.ones_like(held(state, "G_values")[i])
     found = decompose([matrix for _, _, matrix in work])
     for (key, i, _), (values, basis) in zip(work, found, strict=True):
-        held(state, f"{key}_values")[i] = values.contiguous()
-        held(state, f"{key}_vectors")[i] = basis.contiguous()
+        held(state, f"{key}_values")[i] = alone(values)
+        held(state, f"{key}_vectors")[i] = alone(basis)
+
+
+def alone(x: Tensor) -> Tensor:
+    """Contiguous, in memory of its own: equal sizes are decomposed in one tensor, which each would keep and save."""
+    whole = x.is_contiguous() and x.untyped_storage().nbytes() == x.numel() * x.element_size()
+    return x if whole else x.clone(memory_format=torch.contiguous_format)
 
 
 def factors_of(state: State, block: Block, like: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:

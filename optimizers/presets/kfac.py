@@ -16,6 +16,9 @@ from optimizers.registry import optimizers
 from optimizers.second_order import SecondOrder
 from trust_region import FixedRadius, KLBall, LevenbergMarquardt, TrustRegion
 
+#: λ₀ and Δ for a loss of the size of a mean cross-entropy, and found good for sums over an image's pixels as well.
+DAMPING, RADIUS = 0.03, 0.03
+
 
 class KFAC(SecondOrder):
     """Kronecker factors x KL ellipsoid x Levenberg-Marquardt damping: p = -(F+λI)⁻¹m, held to (ηp)ᵀ(F+λI)(ηp) <= Δ.
@@ -33,8 +36,9 @@ class KFAC(SecondOrder):
 
     Args:
         model: whose layers are observed, and whose parameters that require grad are optimised.
-        lr: η >= 0. Leave it at 1 while the damping adapts: a small rate makes every prediction come true, λ then falls,
-            and the step grows where F is flat. To search or to decay the rate, hold ``damping="fixed"``.
+        lr: η >= 0, on the step inside the region. 1 is the natural-gradient step, and what an adaptive damping is meant
+            for: λ judges the step as it was taken, and does not fall below ``initial_damping`` for a step that η < 1
+            shortened. To search or to decay the rate, use ``damping="fixed"``.
         momentum: β in [0, 1) of the gradient's bias-corrected running mean.
         initial_damping: λ₀ > 0, in curvature units: it scales with the loss.
         radius: Δ > 0, on (ηp)ᵀC(ηp) = -η²m̂ᵀp with C the damped F, no less than about twice the KL divergence that one
@@ -42,12 +46,16 @@ class KFAC(SecondOrder):
             with the loss: 0.003 to 0.01 for a mean cross-entropy, 0.1 for one summed over the 784 pixels of an image.
         damping: ``"trial"``, ``"lagged"`` or ``"fixed"``.
         damping_interval: T₁ >= 1, steps between two looks at λ.
+        trials: with ``damping="trial"``: ``"every"`` step is tried, so that one that ends in a loss that is not finite
+            is taken back; ``"due"`` saves the forward pass, and that guard, where λ is not looked at.
         fisher: ``"mc"`` (labels drawn from the model, the paper's), ``"type-2"`` (exact), ``"empirical"`` or
             ``"forward-only"``.
         sharing: ``"expand"`` or ``"reduce"``; see :class:`curvature.KFAC`.
         beta: decay of the factors' running means.
-        factor_interval: steps between measurements of the factors.
-        inverse_interval: steps between eigendecompositions of a layer.
+        factor_interval: steps between measurements of the factors once the run is long; more often in the beginning,
+            as inverses are.
+        inverse_interval: steps between two refreshes of a layer's inverses (or eigenbases) once the run is long; in the
+            beginning every layer is refreshed at every step, then once in a quarter of the run so far.
         weight_decay: decoupled, λ >= 0.
         likelihood: of the drawn labels; ``None`` reads it from the loss.
         seed: of the drawn labels.
@@ -57,7 +65,8 @@ class KFAC(SecondOrder):
         inverses: where ranks keep eigenbases, ``"everywhere"`` or (K-FAC alone) with their ``"owner"``; see
             :class:`curvature.KFAC`.
         damping_kind: ``"factored"`` (the paper's, section 6.3: each factor is damped by itself) or ``"exact"``;
-            ``None`` is ``"factored"``, which needs the smaller λ for the same stability.
+            ``None`` is ``"factored"``, which needs the smaller λ for the same stability, inverts by Cholesky, and
+            multiplies by formed inverses: two products a layer where the eigenbases of ``"exact"`` take four.
         **options: of :class:`SecondOrder`.
 
     Raises:
@@ -88,8 +97,8 @@ class KFAC(SecondOrder):
         model: nn.Module,
         lr: float | Tensor = 1.0,
         momentum: float = 0.9,
-        initial_damping: float = 0.03,
-        radius: float = 1e-2,
+        initial_damping: float = DAMPING,
+        radius: float = RADIUS,
         damping: Literal["trial", "lagged", "fixed"] = "trial",
         damping_interval: int = 5,
         fisher: FisherKind = "mc",
@@ -106,6 +115,7 @@ class KFAC(SecondOrder):
         exclude: Sequence[str] = (),
         inverses: Literal["everywhere", "owner"] = "everywhere",
         damping_kind: Literal["exact", "factored"] | None = None,
+        trials: Literal["every", "due"] = "every",
         **options: Any,
     ) -> None:
         chosen = self._damping_options(damping_kind)
@@ -132,7 +142,9 @@ class KFAC(SecondOrder):
             trainable(model) if params is None else params,
             lr,
             curvature=estimator,
-            trust_region=damped_kl_ball(initial_damping, radius, damping, damping_interval, trust_region),
+            trust_region=damped_kl_ball(
+                initial_damping, radius, damping, damping_interval, trust_region, trials
+            ),
             momentum=momentum,
             weight_decay=weight_decay,
             **options,
@@ -148,22 +160,33 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 
 def damped_kl_ball(
-    initial_damping: float, radius: float, damping: str, interval: int, given: TrustRegion | None
+    initial_damping: float,
+    radius: float,
+    damping: str,
+    interval: int,
+    given: TrustRegion | None,
+    trials: str = "every",
 ) -> TrustRegion:
     """The KL ellipsoid with the damping of that kind, or what was given in its place."""
     if damping not in ("trial", "lagged", "fixed"):
         raise ValueError(f"damping must be 'trial', 'lagged' or 'fixed', got {damping!r}")
     if given is not None:
-        if (initial_damping, radius, damping, interval) != (0.03, 1e-2, "trial", 5):
+        if (initial_damping, radius, damping, interval, trials) != (DAMPING, RADIUS, "trial", 5, "every"):
             raise ValueError(
-                "give either trust_region=, or initial_damping, radius, damping and damping_interval"
+                "give either trust_region=, or initial_damping, radius, damping, damping_interval and trials"
             )
         return given
+    if trials != "every" and damping != "trial":
+        raise ValueError(f'trials={trials!r} goes with damping="trial" only, got damping={damping!r}')
     region = KLBall(includes_lr=True, includes_damping=True)
     if damping == "fixed":
         return TrustRegion(region=region, radius=FixedRadius(radius, damping=initial_damping))
     policy = LevenbergMarquardt(
-        initial_damping=initial_damping, interval=interval, radius=radius, evaluate=cast(Any, damping)
+        initial_damping=initial_damping,
+        interval=interval,
+        radius=radius,
+        evaluate=cast(Any, damping),
+        trials=cast(Any, trials),
     )
     return TrustRegion(region=region, radius=policy)
 

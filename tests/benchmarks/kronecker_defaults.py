@@ -1,11 +1,11 @@
 """What K-FAC and EK-FAC reach on several problems without being tuned to any: the measure of a preset's defaults.
 
 Each run trains one of the study's workloads for a few steps from one seed and adds its losses to a file of one JSON
-object a line; the losses are those of the workload's fixed sample of the training set. ``torch-adamw`` is PyTorch's AdamW
-at its own default rate, for comparison.
+object a line; the losses are those of the workload's fixed sample of the training set. ``torch-adamw`` is PyTorch's
+AdamW at its own default rate, for comparison.
 
     python -m tests.benchmarks.kronecker_defaults --jsonl FILE --optimizer kfac --workloads digits --seeds 0 1
-    python -m tests.benchmarks.kronecker_defaults --jsonl FILE --optimizer kfac --label slow --options inverse_interval=100
+    python -m tests.benchmarks.kronecker_defaults --jsonl FILE --label slow --options inverse_interval=100
     python -m tests.benchmarks.kronecker_defaults --jsonl FILE --page
 """
 
@@ -106,7 +106,9 @@ def rows(runs: list[dict[str, Any]]) -> Iterator[str]:
         for name in names:
             mine = [r for r in runs if r["label"] == label and r["workload"] == name]
             found = [dict(map(tuple, r["curve"])) for r in mine]
-            means = [statistics.mean(c.get(s, math.nan) for c in found) if found else math.nan for s in STEPS[name]]
+            means = [
+                statistics.mean(c.get(s, math.nan) for c in found) if found else math.nan for s in STEPS[name]
+            ]
             digits = 1 if name == "mnist-autoencoder" else 3
             cells.append(", ".join(f"{m:.{digits}f}" for m in means) + f" ({len(mine)})" if mine else "")
         yield f"| {label} | " + " | ".join(cells) + " |"

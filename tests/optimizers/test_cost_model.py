@@ -147,7 +147,7 @@ def messages(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int]]]
 def test_messages_are_those_of_a_real_step(name: str, messages: list[tuple[str, int]]) -> None:
     optimizer, closure = trainer(name)
     by_products = bool(PRESETS[name].per_product)
-    for _ in range(2 if by_products else 60):  # K-FAC refreshes more often at first
+    for _ in range(2 if by_products else 86):  # K-FAC refreshes more often at first
         optimizer.step(closure)
     messages.clear()
     steps = 3 if by_products else 20  # a multiple of every interval

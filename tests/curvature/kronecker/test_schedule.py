@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -51,7 +52,7 @@ def test_no_step_refreshes_more_than_its_share_and_every_basis_has_its_turn(
 def test_early_rounds_are_short_and_grow_by_a_quarter() -> None:
     starts = [step for step in range(200) if learning.round_of(step, 20)[0] == step]
     assert starts[:14] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 18, 22]
-    assert all(b - a == 20 for a, b in zip(starts, starts[1:], strict=False) if a >= 80)
+    assert all(b - a == 20 for a, b in itertools.pairwise(starts) if a >= 80)
     assert [step for step in range(40) if learning.round_of(step, 1)[0] == step] == list(range(40))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -118,6 +119,28 @@ def test_kronecker_presets_in_a_loop_without_a_closure(preset: type[SecondOrder]
         optimizer = preset(model, **options)
         losses = [turn(optimizer, model) for _ in range(15)]
         assert losses[-1] < 0.7 * losses[0], options
+
+
+def test_kfac_tries_only_the_steps_in_which_damping_is_looked_at() -> None:
+    evaluations: list[int] = []
+    for trials in ("every", "due"):
+        model = network()
+        optimizer = optimizers.KFAC(model, trials=trials, damping_interval=3)
+        evaluations.append(0)
+        for x, y in batches(6):
+
+            def closure(x: Any = x, y: Any = y, model: nn.Module = model, it: Any = optimizer) -> Any:
+                evaluations[-1] += 1
+                it.zero_grad()
+                outputs = model(x)
+                loss = nn.functional.cross_entropy(outputs, y)
+                it.backward(loss, outputs)
+                return loss
+
+            optimizer.step(closure)
+    assert evaluations == [12, 8]
+    with pytest.raises(ValueError, match="trials='due' goes with"):
+        optimizers.KFAC(network(), trials="due", damping="fixed")
 
 
 def test_ekfac_refuses_factored_damping() -> None:
