@@ -16,7 +16,7 @@ from optimizers.registry import optimizers
 from optimizers.second_order import SecondOrder
 from trust_region import FixedRadius, KLBall, LevenbergMarquardt, TrustRegion
 
-#: λ₀ and Δ for a loss of the size of a mean cross-entropy, and found good for sums over an image's pixels as well.
+#: λ₀ and Δ for a loss of the size of a mean cross-entropy (docs/results/kronecker_defaults).
 DAMPING, RADIUS = 0.03, 0.03
 
 
@@ -43,7 +43,7 @@ class KFAC(SecondOrder):
         initial_damping: λ₀ > 0, in curvature units: it scales with the loss.
         radius: Δ > 0, on (ηp)ᵀC(ηp) = -η²m̂ᵀp with C the damped F, no less than about twice the KL divergence that one
             step may cause. While the factors come from few batches a large one lets them drive the loss up. It scales
-            with the loss: 0.003 to 0.01 for a mean cross-entropy, 0.1 for one summed over the 784 pixels of an image.
+            with the loss: 0.01 to 0.03 for a mean cross-entropy, 0.1 for one summed over the 784 pixels of an image.
         damping: ``"trial"``, ``"lagged"`` or ``"fixed"``.
         damping_interval: T₁ >= 1, steps between two looks at λ.
         trials: with ``damping="trial"``: ``"every"`` step is tried, so that one that ends in a loss that is not finite

@@ -30,7 +30,7 @@ from optimizers.ablation.workload import Workload
 #: Steps of a run, and at which of them the loss is read.
 STEPS = {
     "mnist-autoencoder": (15, 30, 60),
-    "fashion-mnist": (30, 100, 200),
+    "fashion-mnist": (20, 40, 60),
     "fashion-mnist-2c2d": (20, 40, 80),
     "digits": (30, 100, 200),
     "character-gpt": (30, 80, 160),
