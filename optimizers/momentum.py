@@ -71,6 +71,35 @@ class RunningMean:
 
 
 @dataclass(frozen=True)
+class RunningMeanFromSecond(RunningMean):
+    """The running mean of all gradients but the first, which is averaged for its own step alone (SOAP's).
+
+    For a curvature that finds a new basis in the second gradient and starts its second moment there: a mean that still
+    holds the first gradient would be divided by a moment that does not, a step of ten times its length.
+
+    >>> mean, m = RunningMeanFromSecond(0.5), [torch.zeros(1)]
+    >>> [float(mean.average_(m, [torch.tensor([g])], [torch.tensor(t)], [0.5])[0]) for t, g in ((1.0, 8.0), (2.0, 1.0))]
+    [8.0, 1.0]
+    """
+
+    def average_(
+        self,
+        buffer: Sequence[Tensor],
+        gradient: Sequence[Tensor],
+        count: Sequence[Tensor],
+        beta: Sequence[float | Tensor],
+    ) -> list[Tensor]:
+        """m̂ over the gradients 2 to t."""
+        for m, t in zip(buffer, count, strict=True):
+            m.masked_fill_(t == 2.0, 0.0)
+        _lerp_by_group(buffer, gradient, beta)
+        return [
+            m / bias_correction((t - 1.0).clamp(min=1.0), b)
+            for m, t, b in zip(buffer, count, beta, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
 class HeavyBall:
     """m ← βm + g, not bias-corrected; with ``nesterov`` the result is g + βm (PyTorch's SGD, Polyak 1964).
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 import curvature
-from optimizers.momentum import RunningMean
+from optimizers.momentum import RunningMeanFromSecond
 from optimizers.presets.soaa import check_betas
 from optimizers.registry import optimizers
 from optimizers.second_order import SecondOrder
@@ -18,7 +18,8 @@ from trust_region import FixedRadius, TrustRegion, Unbounded
 class SOAP(SecondOrder):
     """Adam in the eigenbasis of the gradient factors x no region: θ ← θ - ηλθ - η Q (Qᵀm̂ / (√v̂+ε)).
 
-    The first step is Adam's, since the first basis is that of the first gradient; published code skips it.
+    The first step is Adam's, since the first basis is that of the first gradient; published code skips it. Neither mean
+    goes on with that gradient, so that from the second step on this is the published code.
 
     Args:
         params: parameters or groups.
@@ -72,7 +73,7 @@ class SOAP(SecondOrder):
                 rotate_vectors=rotate_vectors,
             ),
             trust_region=TrustRegion(region=Unbounded(), radius=FixedRadius()),
-            momentum=RunningMean(beta_1),
+            momentum=RunningMeanFromSecond(beta_1),
             weight_decay=weight_decay,
             **options,
         )
