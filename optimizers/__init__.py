@@ -1,6 +1,6 @@
 """Curvature and trust regions composed into ``torch.optim`` optimizers."""
 
-from optimizers.momentum import HeavyBall, Momentum, PlainMean, RunningMean
+from optimizers.momentum import HeavyBall, Momentum, PlainMean, RunningMean, RunningMeanFromSecond
 from optimizers.presets import (
     ARC,
     CAT,
@@ -53,6 +53,7 @@ __all__ = [
     "NaturalGradient",
     "PlainMean",
     "RunningMean",
+    "RunningMeanFromSecond",
     "SecondOrder",
     "Shampoo",
     "SophiaG",
