@@ -22,6 +22,12 @@ class Muon(SecondOrder):
     dimension by the rest) and a vector moves by its normalised gradient. Publications train embeddings, heads, biases
     and norms by AdamW instead: give them to a second optimizer.
 
+    Choose it for its steps. In the study of the documentation (short runs, five seeds) it is where tuned AdamW ends in
+    0.15 of the steps on a convolutional autoencoder, 0.33 on a character language model and 0.45 on an MLP, and in
+    0.27, 0.57 and 14 times the processor time: matrices that are wide for their batch cost more to orthogonalise than
+    to learn from. On logistic regression it is not separated from AdamW. On a CPU without bfloat16 products give
+    ``ns_dtype=None``.
+
     Args:
         params: parameters or groups.
         lr: η >= 0.

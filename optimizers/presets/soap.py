@@ -20,6 +20,7 @@ class SOAP(SecondOrder):
 
     The first step is Adam's, since the first basis is that of the first gradient; published code skips it. Neither mean
     goes on with that gradient, so that from the second step on this is the published code.
+    In the study of the documentation it does not beat tuned AdamW on the first 60 steps of a character language model.
 
     Args:
         params: parameters or groups.
