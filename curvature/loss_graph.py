@@ -37,7 +37,7 @@ class LossGraph:
         params: the parameters to differentiate by; one that is frozen at this moment counts as unused.
         outputs: what the model returned on the way to ``loss``; needed for :meth:`ggn` and sampled labels. A
             tensor, or a dict, tuple or dataclass in which ``output_tensor`` finds one.
-        gives_gradient: the caller takes ∇f too, from :attr:`formed`, and needs no graph after the last product, which
+        gives_gradient: the caller takes ∇f too, from ``formed``, and needs no graph after the last product, which
             may free it.
     """
 

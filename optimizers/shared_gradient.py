@@ -1,7 +1,7 @@
 """The gradient that a Hessian product had to form anyway, taken for the step's gradient: one backward pass less.
 
 A product Hz differentiates ∇f once more, so ∇f is formed with a graph of its own. A second ``loss.backward()`` would
-only repeat its values. It is spared where nothing can tell the difference: see :func:`may_share`.
+only repeat its values. It is spared where nothing can tell the difference: see ``may_share``.
 """
 
 from __future__ import annotations
