@@ -19,7 +19,7 @@ from curvature.operators import MappedDiagonal
 from curvature.rotated_diagonal import RotatedDiagonalOperator
 from curvature.tensor_blocks import along
 from optimizers.elementwise import correction
-from optimizers.momentum import PlainMean, RunningMean
+from optimizers.momentum import PlainMean, RunningMean, RunningMeanFromSecond
 from trust_region import FixedRadius, Proposal, TrustRegion, Unbounded
 
 
@@ -42,7 +42,8 @@ def suits(
         return False
     if trust_region.subproblem is not None or len(mean) != len(params):
         return False
-    if type(momentum) is not RunningMean and not (type(momentum) is PlainMean and not momentum.nesterov):
+    corrected = type(momentum) in (RunningMean, RunningMeanFromSecond)
+    if not corrected and not (type(momentum) is PlainMean and not momentum.nesterov):
         return False
     least = operator.spectrum.least
     return (
@@ -82,11 +83,14 @@ def step_(
     torch._foreach_add_(list(count), 1.0)
     betas, rates, decays = options
     lr = [float(eta) for eta in rates]
-    corrected = type(momentum) is RunningMean
+    corrected, anew = isinstance(momentum, RunningMean), type(momentum) is RunningMeanFromSecond
     times = torch.stack(list(count)).tolist() if corrected else [0.0] * len(lr)
-    c = [correction(t, b) if corrected else 1.0 for t, b in zip(times, betas, strict=True)]
+    held = [max(t - 1.0, 1.0) if anew else t for t in times]  # gradients that the mean holds
+    c = [correction(t, b) if corrected else 1.0 for t, b in zip(held, betas, strict=True)]
     spectrum = cast(MappedDiagonal, operator.spectrum)
     for i, (p, g, m) in enumerate(zip(params, gradient, mean, strict=True)):
+        if anew and times[i] == 2.0:
+            m.zero_()
         m.lerp_(g, 1.0 - betas[i])
         if decays[i] != 0.0:
             p.mul_(1.0 - lr[i] * decays[i])
