@@ -170,8 +170,8 @@ def bases_stay_with_their_owners(folder: Path) -> None:
     train(parallel, optimizer, dealt, range(5, 9))
     assert not torch.equal(next(model.parameters()), before)
     for p, q in zip(model.parameters(), resumed["owner"].parameters(), strict=True):
-        # DDP lays out its first step's buckets unlike later ones, so that more than two gradients add up in another
-        # order after a resume than without one; a stale basis would differ in the third digit
+        # of more than two ranks the first gradients after a resume differ by rounding, in both modes (perhaps by DDP's
+        # buckets, which its first step lays out unlike later ones); a stale basis would differ in the third digit
         assert torch.equal(p, q) if world == 2 else torch.allclose(p, q, rtol=1e-11, atol=1e-13), (
             f"a resumed run went on otherwise, by {float((p - q).abs().max())}"
         )
