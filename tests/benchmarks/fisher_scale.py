@@ -22,6 +22,7 @@ from optimizers import SOAA
 RUNS: dict[str, dict[str, Any]] = {
     "digits": {"steps": 300, "batch": 64, "rates": [1e-3, 1e-2]},
     "fashion_mnist": {"steps": 300, "batch": 128, "rates": [1e-3]},
+    "character_gpt": {"steps": 200, "batch": 12, "rates": [1e-3]},
 }
 
 
