@@ -190,9 +190,8 @@ class KroneckerEstimator(Estimator):
             )
 
     def due(self, state: State) -> bool:
-        """Once a round of at most ``factor_interval`` steps, which are short while steps are few, as for inverses."""
-        step = cast(int, state["step"])
-        return learning.round_of(step, self.factor_interval)[0] == step
+        """Every ``factor_interval`` steps, beginning with the first."""
+        return cast(int, state["step"]) % self.factor_interval == 0
 
     # -- measuring -------------------------------------------------------------------------------------------
 

@@ -43,11 +43,9 @@ class KFAC(KroneckerEstimator):
         likelihood: ``"categorical"``, ``"gaussian"`` or ``"bernoulli"``: what the loss is the negative logarithm of,
             for ``"mc"`` and ``"empirical"``; ``None`` reads it from the loss's own curvature.
         beta: decay of the running means of A and G, in [0, 1); bias-corrected.
-        factor_interval: steps between measurements of A and G, >= 1; more often while steps are few, as below.
-        inverse_interval: steps between refreshes of a layer's eigenbasis or inverses, >= 1. While steps are few, every
-            one changes the factors: all layers are refreshed at each of the first eight, then once in rounds of a
-            quarter of the run before them, up to this length. Layers take turns in a round, so that no step of one of
-            length R refreshes more than ⌈layers / R⌉.
+        factor_interval: steps between measurements of A and G, >= 1.
+        inverse_interval: steps between refreshes of a layer's eigenbasis or inverses, >= 1; layers take turns, so that
+            after the first step none refreshes more than ⌈layers / inverse_interval⌉; sooner while steps are few.
         max_dim: largest factor; a layer that needs a larger one is treated by the diagonal.
         exclude: names of modules to treat by the diagonal, with all below them.
         damping_kind: ``"exact"``: (B + λI)⁻¹ through the eigenbasis; ``"factored"``: each factor is damped by

@@ -100,41 +100,19 @@ def turns(costs: Sequence[float], slots: int) -> list[int]:
     return turn
 
 
-#: A layer's basis or inverses may be as old as this share of the run so far, and as ``inverse_interval`` at most.
-SHARE = 4
-
-
-def round_of(step: int, interval: int) -> tuple[int, int]:
-    """(start, length) of the round that a step belongs to.
-
-    While steps are few one batch more changes all factors, and the model moves fastest. So the first rounds are one
-    step long, and a round is never longer than a quarter of the run before it until it reaches ``interval``.
-
-    >>> [round_of(step, 3) for step in (0, 7, 8, 9, 10, 12, 15, 17, 18)]
-    [(0, 1), (7, 1), (8, 2), (8, 2), (10, 2), (12, 3), (15, 3), (15, 3), (18, 3)]
-    """
-    start, length = 0, 1
-    while start + length <= step and length < interval:
-        start += length
-        length = min(max(1, start // SHARE), interval)
-    return start + max(step - start, 0) // length * length, length  # rounds of the full length at one go
-
-
 def due_blocks(layout: Layout, step: int, interval: int, new: set[int]) -> list[Block]:
     """The blocks to refresh in this step: those seen for the first time, and those whose turn it is.
 
-    Every block has its turn once a round, and a round's turns are spread evenly over it: no step refreshes more than
-    ⌈blocks / length of the round⌉, which is ⌈blocks / interval⌉ once rounds have their full length. A block's first
-    basis must be there when it is first used, so a block that joins late is refreshed beside those.
+    A block's first basis must be there when it is first used, so the step that sees all blocks for the first time alone
+    decomposes all of them. After it, no step refreshes more than ⌈blocks / interval⌉.
     """
     blocks = layout.blocks
     if not blocks:
         return []
-    start, length = round_of(step, interval)
-    share = -(-len(blocks) // length)
+    share = -(-len(blocks) // interval)
     slots = -(-len(blocks) // share)
+    slot = slot_of(step, slots, interval)
     costs = [float(b.dims.groups * (b.size_in**3 * (not b.diagonal_input) + b.dims.d_out**3)) for b in blocks]
-    slot = slot_of(step - start, slots, length)
     return [
         block
         for block, turn in zip(blocks, turns(costs, slots), strict=True)
@@ -142,14 +120,26 @@ def due_blocks(layout: Layout, step: int, interval: int, new: set[int]) -> list[
     ]
 
 
-def slot_of(place: int, slots: int, length: int) -> int | None:
-    """The slot whose turn it is at this place of a round, or ``None``; slot k's place is ⌊k · length / slots⌋.
+def slot_of(step: int, slots: int, interval: int) -> int | None:
+    """The slot whose turn it is in this step, or ``None``: every slot once a round, evenly spread over the round.
 
-    >>> [slot_of(place, 2, 5) for place in range(5)]
-    [0, None, 1, None, None]
+    While steps are few, one batch more changes all factors, so the first rounds are as short as there are slots. From
+    then on a round is half as long as the run before it, up to ``interval``: a basis is never much older than half of
+    the run so far.
+
+    >>> [slot_of(step, 2, 6) for step in range(16)]
+    [None, 0, 1, 0, 1, 0, 1, 0, 1, None, 0, None, 1, None, None, 0]
     """
-    slot = -(-place * slots // length)
-    return slot if slot < slots and slot * length // slots == place else None
+    start, length = 1, slots
+    while start + length <= step and length < interval:
+        start += length
+        length = min(max(slots, start // 2), interval)
+    start += max(step - start, 0) // length * length  # rounds of the full length, without going over them
+    if step < start:
+        return None
+    # slot k's place in the round is ⌊k · length / slots⌋
+    slot = -(-(step - start) * slots // length)
+    return slot if slot < slots and slot * length // slots == step - start else None
 
 
 def refresh_(state: State, blocks: Sequence[Block], decompose: Decomposition = eigh_many) -> None:

@@ -52,10 +52,9 @@ class KFAC(SecondOrder):
             ``"forward-only"``.
         sharing: ``"expand"`` or ``"reduce"``; see :class:`curvature.KFAC`.
         beta: decay of the factors' running means.
-        factor_interval: steps between measurements of the factors once the run is long; more often in the beginning,
-            as inverses are.
-        inverse_interval: steps between two refreshes of a layer's inverses (or eigenbases) once the run is long; in the
-            beginning every layer is refreshed at every step, then once in a quarter of the run so far.
+        factor_interval: steps between measurements of the factors.
+        inverse_interval: steps between two refreshes of a layer's inverses (or eigenbases); layers take turns, sooner
+            while steps are few.
         weight_decay: decoupled, λ >= 0.
         likelihood: of the drawn labels; ``None`` reads it from the loss.
         seed: of the drawn labels.
