@@ -92,11 +92,7 @@ class RunningMeanFromSecond(RunningMean):
         """m̂ over the gradients 2 to t."""
         for m, t in zip(buffer, count, strict=True):
             m.masked_fill_(t == 2.0, 0.0)
-        _lerp_by_group(buffer, gradient, beta)
-        return [
-            m / bias_correction((t - 1.0).clamp(min=1.0), b)
-            for m, t, b in zip(buffer, count, beta, strict=True)
-        ]
+        return super().average_(buffer, gradient, [(t - 1.0).clamp(min=1.0) for t in count], beta)
 
 
 @dataclass(frozen=True)
