@@ -31,7 +31,7 @@ class Sweep:
     >>> y = model(torch.ones(4, 2))
     >>> trace = recorder.trace(y)
     >>> sweep = Sweep([trace.calls["0"][0].edge, trace.calls["1"][0].edge], trace.readers)
-    >>> sweep.run(y, torch.ones(4, 1), lambda k, g: print(k, tuple(g.shape)))
+    >>> _ = sweep.run(y, torch.ones(4, 1), lambda k, g: print(k, tuple(g.shape)))
     1 (4, 1)
     0 (4, 3)
 

@@ -64,8 +64,8 @@ def test_elementwise_optimizers_cost_one_gradient(cell: str) -> None:
 
 def test_hessian_products_and_drawn_labels_are_counted_by_their_interval() -> None:
     every, tenth = _cost("adahessian"), _cost("adahessian:interval=10")
-    # a Hessian product by double backward: about 2 gradients more
-    assert 2.5 < every < 4.0
+    # the product is 4/3 to 2 gradients more, by double backward of the gradient that the step takes too
+    assert 2.0 < every < 3.5
     assert tenth - 1 == pytest.approx((every - 1) / 10, rel=1e-6)
     assert _cost("adahessian:probes=2") - 1 == pytest.approx(2 * (every - 1), rel=0.35)
     drawn = _cost("sophia-g:interval=1")

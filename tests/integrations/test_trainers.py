@@ -80,7 +80,8 @@ def plain(name: str, steps: int, autocast: bool = False) -> tuple[torch.nn.Modul
         for x, y in zip(X.chunk(PARTS), Y.chunk(PARTS), strict=True):
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 outputs = model(x)
-                loss = torch.nn.functional.cross_entropy(outputs, y)
+            outputs = outputs.float()  # as Accelerate returns them: what looks at outputs would see them rounded
+            loss = torch.nn.functional.cross_entropy(outputs, y)
             optimizer.backward(loss / PARTS, outputs)
         optimizer.step()
     return model, optimizer
