@@ -26,7 +26,8 @@ def output_of(command: list[str], folder: Path) -> str:
     done = subprocess.run(
         command, env=ENVIRONMENT, cwd=folder, capture_output=True, text=True, check=False, timeout=240
     )
-    assert done.returncode == 0, done.stderr[-2000:]
+    # torchrun's own summary comes last; what a rank said before it died, first
+    assert done.returncode == 0, f"{done.stderr[:2000]}\n[...]\n{done.stderr[-2000:]}"
     return done.stdout
 
 
