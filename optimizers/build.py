@@ -56,7 +56,7 @@ def build(
     curvature.registry.UnknownNameError: unknown optimizer 'saoa': did you mean 'soaa'? ...
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(f"model must be the torch.nn.Module itself, not its parameters; got {type(model).__name__}")
     composed = curvature is not None or trust_region is not None
     if composed and optimizer is not None:
         raise TypeError("give either optimizer=, or curvature= and trust_region=, not both")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 from curvature import vectors
 from curvature.identity import Identity
 from curvature.protocols import CACHE, TRANSIENT, CurvatureEstimator, Needs, State
+from curvature.registry import nearest
 from optimizers import checkpoint, core, state_layout
 from optimizers.checks import FLAGS, check_flags, check_group
 from optimizers.distributed import ALONE, Ranks, check_shardable, find_ranks
@@ -28,6 +30,13 @@ if TYPE_CHECKING:
 
 
 NARROWING = ("state_dtype", "rounding_seed")
+
+
+def _options(kind: type[Composed]) -> list[str]:
+    """What the class takes by keyword; a preset has chosen curvature, region and momentum, and passes on the rest."""
+    named = {p.name for p in inspect.signature(kind).parameters.values() if p.kind is not p.VAR_KEYWORD}
+    passed = inspect.signature(Composed).parameters.keys() - {"curvature", "trust_region", "momentum", "flags"}
+    return sorted(named | passed | FLAGS.keys())
 
 
 class Composed(torch.optim.Optimizer):
@@ -51,7 +60,8 @@ class Composed(torch.optim.Optimizer):
     ) -> None:
         unknown = sorted(flags.keys() - FLAGS.keys())
         if unknown:
-            raise TypeError(f"{type(self).__name__} takes no option {unknown[0]!r}")
+            hint = nearest(unknown[0], _options(type(self)))
+            raise TypeError(f"{type(self).__name__} takes no option {unknown[0]!r}: {hint}")
         check_flags(flags)
         self.curvature: CurvatureEstimator = Identity() if curvature is None else curvature
         self.trust_region = TrustRegion() if trust_region is None else trust_region

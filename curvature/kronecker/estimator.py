@@ -91,7 +91,8 @@ class KroneckerEstimator(Estimator):
     def __post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):
             raise TypeError(
-                f"model must be the torch.nn.Module whose layers are observed, got {type(self.model).__name__}"
+                "model must be the torch.nn.Module itself, not its parameters: its layers are observed; "
+                f"got {type(self.model).__name__}"
             )
         if self.fisher not in FISHER_KINDS:
             raise ValueError(

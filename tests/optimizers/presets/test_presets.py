@@ -224,8 +224,13 @@ def test_bad_arguments_of_kronecker_presets(preset: type[SecondOrder]) -> None:
         preset(network(), damping="none")
     with pytest.raises(ValueError, match="give either trust_region="):
         preset(network(), radius=1.0, trust_region=TrustRegion())
-    with pytest.raises(TypeError, match=r"model must be the torch.nn.Module"):
+    with pytest.raises(TypeError, match=r"model must be the torch.nn.Module itself, not its parameters"):
         preset(network().parameters())
+
+
+def test_an_unknown_option_is_answered_with_the_nearest_and_with_all_that_are_passed_on() -> None:
+    with pytest.raises(TypeError, match=r"SOAA takes no option 'beta': did you mean 'betas'\? valid: .*compile"):
+        optimizers.SOAA(network().parameters(), beta=(0.9, 0.99))  # type: ignore[arg-type]
 
 
 def test_every_preset_names_its_source_and_where_its_defaults_come_from() -> None:
