@@ -109,7 +109,11 @@ def step_(
 
 
 def _proposal(
-    operator: RotatedDiagonalOperator, mean: Sequence[Tensor], c: Sequence[float], lr: Sequence[float], damping: float
+    operator: RotatedDiagonalOperator,
+    mean: Sequence[Tensor],
+    c: Sequence[float],
+    lr: Sequence[float],
+    damping: float,
 ) -> Proposal:
     """The record of the step that was taken: ⟨m̂, u⟩ is uᵀ(B + λI)u."""
     averaged = [m / x for m, x in zip(mean, c, strict=True)]

@@ -3,6 +3,11 @@
 A trial is a run; it waits, is claimed, and is completed with the run's whole record as its attributes. A trial
 whose process died is queued again: at once where the process was on this machine, after its heartbeat has
 stopped where it was on another.
+
+No process can be known to be dead: one that was only cut off may finish its run when another has begun it anew, and
+two may queue the same run again. Two rules, which all processes apply alike, keep each run from counting twice: of
+several open trials of a run only the lowest-numbered is ever made, and of several finished ones the lowest-numbered is
+the run's.
 """
 
 from __future__ import annotations
@@ -68,9 +73,11 @@ class StudyLedger:
         """Give back what is claimed and not made, stop the heartbeat and let go of the database."""
         self._stop.set()
         self._heart.join()
-        # an interrupt is no death of a process: it must not use up a run's retries
-        with contextlib.suppress(Exception):  # the process ends anyhow: what is left is queued as an orphan's
-            for number in self._claimed.values():
+        for number in self._claimed.values():
+            # an interrupt is no death of a process: it must not use up a run's retries
+            with contextlib.suppress(
+                Exception
+            ):  # the process ends anyhow: what is left is queued as an orphan's
                 trial = self._trials()[number]
                 if self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL):
                     self._study.add_trial(again(trial, int(trial.user_attrs.get("retries", 0))))
@@ -97,48 +104,75 @@ class StudyLedger:
         number = self._claimed.pop(config.key, None)
         if number is None:
             return
-        record = self.store.load(config.key)
-        trial_id = self._trials()[number]._trial_id
         with database_errors(self._url):
-            text = base64.b85encode(zlib.compress(json.dumps(record).encode())).decode()
-            for position in range(0, len(text), CHUNK):
-                part = text[position : position + CHUNK]
-                self._storage.set_trial_user_attr(trial_id, f"record.{position // CHUNK}", part)
-            loss = record["result"].get("validation_loss")
-            with contextlib.suppress(
-                RuntimeError
-            ):  # another process took this trial for dead and gave it away
-                if loss is None:
-                    self._storage.set_trial_user_attr(trial_id, "outcome", record.get("error", "diverged"))
-                    self._storage.set_trial_state_values(trial_id, TrialState.PRUNED)
-                else:
-                    self._storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [loss])
+            if not self._complete(self._trials()[number], self.store.load(config.key)):
+                self._adopt(finished(self._trials())[config.key])  # in place of what was made here
 
     def pull(self) -> None:
-        """Copy runs that others have finished into this machine's store."""
-        for trial in self._trials():
-            key = trial.user_attrs.get("key")
-            if key in self.wanted and not self.store.has(key) and trial.state.is_finished():
-                record = unpack(trial)
-                if record is not None:
-                    self.store.save(key, record)
-
-    def _ask(self) -> RunConfig | None:
-        for trial in self._trials(TrialState.WAITING):
-            key = trial.user_attrs.get("key", "")
+        """Copy what counts of others' runs into this machine's store."""
+        for key, trials in finished(self._trials()).items():
             if key not in self.wanted:
                 continue
-            if self.store.has(key):
-                # a second trial of a finished run: never run, never counted
-                self._storage.set_trial_state_values(trial._trial_id, TrialState.PRUNED)
+            # of two that ended in one moment one may have been taken for the run's before the other was there
+            if not self.store.has(key) or len(trials) > 1:
+                self._adopt(trials)
+
+    def _adopt(self, trials: Sequence[FrozenTrial]) -> None:
+        record = unpack(trials[0])
+        assert record is not None
+        key = trials[0].user_attrs["key"]
+        if not self.store.has(key) or self.store.load(key) != record:
+            self.store.save(key, record)
+
+    def _complete(self, trial: FrozenTrial, record: dict[str, Any]) -> bool:
+        """Complete a claimed trial with its run's record; return whether this record is the run's."""
+        key, trial_id = trial.user_attrs["key"], trial._trial_id
+        attributes, state, values = packed(record)
+        try:
+            for name, value in attributes.items():
+                self._storage.set_trial_user_attr(trial_id, name, value)
+            if key in finished(self._trials()):
+                self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
+                return False
+            self._storage.set_trial_state_values(trial_id, state, values)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            # this process was taken for dead and the trial given away: whoever has it finds the run finished
+            if key in finished(self._trials()):
+                return False
+            late = optuna.trial.create_trial(
+                state=state,
+                value=values[0] if values else None,
+                params=trial.params,
+                distributions=trial.distributions,
+                user_attrs={**described(trial), **attributes, "retry_of": trial.number},
+            )
+            self._study.add_trial(late)
+        return unpack(finished(self._trials())[key][0]) == record
+
+    def _ask(self) -> RunConfig | None:
+        everything = self._trials()
+        counted, first = finished(everything), dict[str, int]()
+        for trial in everything:
+            if trial.state in (TrialState.WAITING, TrialState.RUNNING):
+                first.setdefault(trial.user_attrs.get("key", ""), trial.number)
+        for trial in everything:
+            key = trial.user_attrs.get("key", "")
+            if key not in self.wanted or trial.state != TrialState.WAITING:
                 continue
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+                if key in counted or first[key] != trial.number:
+                    # a second trial of a run: never made, never counted
+                    self._storage.set_trial_state_values(trial._trial_id, TrialState.PRUNED)
                 # atomic in the database: of several processes one is told that it has the trial
-                if self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
+                elif self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
                     self._storage.set_trial_user_attr(trial._trial_id, "owner", owner())
                     self._storage.record_heartbeat(trial._trial_id)
                     self._claimed[key] = trial.number
-                    return self.wanted[key]
+                    if not self.store.has(key):
+                        return self.wanted[key]
+                    self.done(
+                        self.wanted[key]
+                    )  # made here before, by a process that died before it could say so
         return None
 
     def _others_work(self) -> bool:
@@ -149,11 +183,8 @@ class StudyLedger:
         return missing <= open_keys
 
     def _publish(self) -> None:
-        known = {
-            trial.user_attrs.get("key")
-            for trial in self._trials()
-            if trial.state in (TrialState.WAITING, TrialState.RUNNING) or unpack(trial) is not None
-        }
+        trials = self._trials()
+        known = {*finished(trials), *(t.user_attrs.get("key") for t in trials if not t.state.is_finished())}
         for key, config in self.wanted.items():
             if key not in known and not self.store.has(key):
                 self._study.add_trial(waiting(config))
@@ -163,9 +194,9 @@ class StudyLedger:
         here = socket.gethostname()
         for trial in self._trials(TrialState.RUNNING):
             host, _, process = str(trial.user_attrs.get("owner", "")).rpartition(":")
-            if trial.user_attrs.get("key") in self._claimed or host != here or alive(int(process)):
+            if trial.number in self._claimed.values() or host != here or alive(int(process)):
                 continue
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):  # another did it
                 if self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL):
                     requeue(self._study, trial)
         with warnings.catch_warnings():
@@ -200,7 +231,9 @@ def waiting(config: RunConfig) -> FrozenTrial:
 
 
 def requeue(study: optuna.Study, trial: FrozenTrial) -> None:
-    """Queue a trial's run again, where it was not already tried too often."""
+    """Queue a trial's run again, where it is not finished and was not already tried too often."""
+    if trial.user_attrs.get("key") in finished(study.get_trials(deepcopy=False)):
+        return
     retries = int(trial.user_attrs.get("retries", 0)) + 1
     if retries > MAX_RETRIES:
         raise AblationError(
@@ -212,13 +245,37 @@ def requeue(study: optuna.Study, trial: FrozenTrial) -> None:
 
 def again(trial: FrozenTrial, retries: int) -> FrozenTrial:
     """Return a waiting trial of the same run."""
-    attributes = {name: trial.user_attrs[name] for name in ("key", "cell", "config")}
     return optuna.trial.create_trial(
         state=TrialState.WAITING,
         params=trial.params,
         distributions=trial.distributions,
-        user_attrs={**attributes, "retries": retries, "retry_of": trial.number},
+        user_attrs={**described(trial), "retries": retries, "retry_of": trial.number},
     )
+
+
+def described(trial: FrozenTrial) -> dict[str, Any]:
+    """Return the attributes that say which run a trial is of."""
+    return {name: trial.user_attrs[name] for name in ("key", "cell", "config")}
+
+
+def finished(trials: Sequence[FrozenTrial]) -> dict[str, list[FrozenTrial]]:
+    """Return the trials that ended with a record, by the key of their run and in the order of their numbers."""
+    found: dict[str, list[FrozenTrial]] = {}
+    for trial in trials:
+        if trial.state in (TrialState.COMPLETE, TrialState.PRUNED) and "record.0" in trial.user_attrs:
+            found.setdefault(trial.user_attrs["key"], []).append(trial)
+    return found
+
+
+def packed(record: dict[str, Any]) -> tuple[dict[str, str], TrialState, list[float] | None]:
+    """Return a run's record as attributes of a trial, and the trial's last state and values."""
+    text = base64.b85encode(zlib.compress(json.dumps(record).encode())).decode()
+    parts = range(0, len(text), CHUNK)
+    attributes = {f"record.{n}": text[start : start + CHUNK] for n, start in enumerate(parts)}
+    loss = record["result"].get("validation_loss")
+    if loss is not None:
+        return attributes, TrialState.COMPLETE, [loss]
+    return {**attributes, "outcome": record.get("error", "diverged")}, TrialState.PRUNED, None
 
 
 def unpack(trial: FrozenTrial) -> dict[str, Any] | None:

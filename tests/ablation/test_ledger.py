@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 
 from optimizers.ablation import Ablation, AblationError, RunConfig, ablate
 from optimizers.ablation.executor import execute
-from optimizers.ablation.ledger import StudyLedger, again
+from optimizers.ablation.ledger import StudyLedger, again, packed, requeue
 from optimizers.ablation.store import Store
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
@@ -109,6 +109,97 @@ def test_a_second_trial_of_a_finished_run_is_neither_made_nor_counted(tmp_path: 
     assert sorted(config.key for config in [first, *others] if config) == sorted(run.key for run in runs)
     states = [trial.state for trial in _trials(url)]
     assert states == [TrialState.COMPLETE] * 4 + [TrialState.PRUNED]
+
+
+def _given_away(url: str, key: str) -> None:
+    """What another process does that takes the one which has this run for dead."""
+    study = optuna.load_study(study_name="s", storage=url)
+    (trial,) = [t for t in _trials(url, TrialState.RUNNING) if t.user_attrs["key"] == key]
+    study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+    requeue(study, trial)
+
+
+def _marked(ledger: StudyLedger, config: RunConfig, by: str) -> None:
+    record = {"key": config.key, "by": by, "result": {"validation_loss": 1.0}}
+    ledger.store.save(config.key, record)
+    ledger.done(config)
+
+
+@pytest.mark.parametrize("order", ["late first", "late last", "late before the next has begun"])
+def test_run_of_a_process_that_was_taken_for_dead_and_ends_it_counts_once(
+    pair: tuple[StudyLedger, StudyLedger], url: str, order: str
+) -> None:
+    late, other = pair
+    config = late.claim()
+    assert config is not None
+    _given_away(url, config.key)
+    rest = [other.claim() for _ in range(3)]
+    if order != "late before the next has begun":
+        assert other.claim() == config
+    ends = [(late, "late"), (other, "other")][:: -1 if order == "late last" else 1]
+    for ledger, name in ends[:1] if "before" in order else ends:
+        _marked(ledger, config, name)
+    if "before" in order:
+        assert other._ask() is None  # the run that waits is finished: nobody makes it again
+    late.pull()
+    other.pull()
+    by = "other" if order == "late last" else "late"
+    assert late.store.load(config.key)["by"] == other.store.load(config.key)["by"] == by
+    complete = [trial for trial in _trials(url, TrialState.COMPLETE) if trial.user_attrs["key"] == config.key]
+    assert len(complete) == 1
+    assert len([run for run in rest if run]) == 3
+
+
+def test_of_two_trials_that_ended_in_one_moment_every_machine_counts_the_lowest_numbered(
+    pair: tuple[StudyLedger, StudyLedger], url: str
+) -> None:
+    first, second = pair
+    config = first.claim()
+    assert config is not None
+    _given_away(url, config.key)
+    (again_waiting,) = [t for t in _trials(url, TrialState.WAITING) if t.user_attrs["key"] == config.key]
+    study = optuna.load_study(study_name="s", storage=url)
+    record = {"key": config.key, "by": "lower", "result": {"validation_loss": 1.0}}
+    _marked(first, config, "higher")
+    second.pull()
+    assert second.store.load(config.key)["by"] == "higher"
+    attributes, state, values = packed(record)  # as a process does that looked before the other had ended
+    for name, value in attributes.items():
+        study._storage.set_trial_user_attr(again_waiting._trial_id, name, value)
+    study._storage.set_trial_state_values(again_waiting._trial_id, state, values)
+    for ledger in pair:
+        ledger.pull()
+        assert ledger.store.load(config.key)["by"] == "lower"
+
+
+def test_run_that_two_processes_queue_again_is_made_by_one(
+    pair: tuple[StudyLedger, StudyLedger], url: str
+) -> None:
+    first, second = pair
+    config = first.claim()
+    assert config is not None
+    _given_away(url, config.key)
+    (dead,) = _trials(url, TrialState.FAIL)
+    requeue(optuna.load_study(study_name="s", storage=url), dead)
+    claimed = [second._ask() for _ in range(4)]
+    assert sorted(run.key for run in claimed if run) == sorted(run.key for run in ABLATION.runs())
+    assert second._ask() is None
+    assert not _trials(url, TrialState.WAITING)
+
+
+def test_run_whose_process_died_before_it_could_say_so_is_told_from_the_disk(
+    tmp_path: Path, url: str
+) -> None:
+    runs = ABLATION.runs()[:1]
+    store = Store(tmp_path / "a")
+    store.save(runs[0].key, {"key": runs[0].key, "result": {"validation_loss": 1.0}})
+    other = StudyLedger(url, "s", Store(tmp_path / "b"), runs)  # queues it
+    ledger = StudyLedger(url, "s", store, runs)
+    assert ledger._ask() is None
+    assert other.claim() is None
+    assert other.store.load(runs[0].key) == store.load(runs[0].key)
+    ledger.close()
+    other.close()
 
 
 def test_an_interrupt_gives_the_run_back_and_uses_up_no_retry(tmp_path: Path, url: str) -> None:
