@@ -134,10 +134,10 @@ class PerParameter(Estimator):
             state[f"{k}.{MEMBER}"] = [
                 torch.empty(int(g == k), device=p.device) for g, p in zip(groups, params, strict=True)
             ]
-            if getattr(part, "gathered_keys", ()) and getattr(part, "inverse_interval", 1) > 1:
+            if getattr(part, "outlives_a_step", False):
                 raise ValueError(
                     f'PerParameter cannot save what {type(part).__name__}(inverses="owner") keeps on its ranks between '
-                    'refreshes: use inverses="everywhere", or inverse_interval=1'
+                    'steps: use inverses="everywhere" (or KFAC with inverse_interval=1)'
                 )
             if members:
                 write(state, k, members, part.init([params[i] for i in members]), len(params), params)

@@ -60,13 +60,18 @@ def divided_among(processes: Team | None) -> Iterator[None]:
         _team = before
 
 
-def owners(costs: Sequence[float], size: int) -> list[int]:
+def owners(costs: Sequence[float], size: int, before: Sequence[float] = ()) -> list[int]:
     """Who does which piece: the dearest first, each to whom has least to do; the same answer on every process.
+
+    Args:
+        costs: of every piece, in any unit.
+        size: of the team.
+        before: what everyone has to do already; nothing where it is empty.
 
     >>> owners([1.0, 8.0, 5.0, 3.0], 2)
     [0, 0, 1, 1]
     """
-    load = [0.0] * size
+    load = list(before) or [0.0] * size
     owner = [0] * len(costs)
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
         owner[i] = min(range(size), key=load.__getitem__)

@@ -171,10 +171,17 @@ class Composed(torch.optim.Optimizer):
         first.setdefault("skipped_steps", vectors.scalar_like(shards))
         fresh = self.curvature.init(shards), self.trust_region.init(shards, self.curvature)
         curvature, region = (narrowed(state, shards, self.state_dtype) for state in fresh)
-        self._curvature_state = state_layout.extend(self._curvature_state, curvature, kept)
+        divided = self._divided
+        self._curvature_state = {**state_layout.extend(self._curvature_state, curvature, kept), **divided}
         self._region_state = state_layout.extend(self._region_state, region, kept)
         self._built_for = [(p.dtype, p.device) for p in params]
         self._scatter()
+
+    @property
+    def _divided(self) -> State:
+        """What ranks keep divided among them, beside the state: of this process, and of no other."""
+        kept = CACHE in self._curvature_state and bool(getattr(self.curvature, "gathered_keys", ()))
+        return {CACHE: self._curvature_state[CACHE]} if kept else {}
 
     def _scatter(self) -> None:
         params = self._params
@@ -217,10 +224,9 @@ class Composed(torch.optim.Optimizer):
         attach = getattr(self.curvature, "attach", None)
         if attach is not None:
             attach(self._params)
-        divided = self._curvature_state.get(CACHE) if getattr(self.curvature, "gathered_keys", ()) else None
+        divided = self._divided
         self._regather()
-        if divided is not None:  # of this process, and of no other
-            self._curvature_state[CACHE] = divided
+        self._curvature_state.update(divided)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict()`` gave, from a run of the same composition; a mismatch changes nothing.
@@ -260,7 +266,7 @@ class Composed(torch.optim.Optimizer):
         """``state_dict()`` with what ranks keep divided among them; any number of ranks loads it.
 
         Every rank must call it; one of them may save what it returns. Where nothing is divided (all but
-        ``KFAC(inverses="owner")``) it is ``state_dict()``.
+        ``KFAC`` and ``EKFAC`` with ``inverses="owner"``) it is ``state_dict()``.
 
         Returns:
             groups and state; it holds the parts of the other ranks until it is let go.

@@ -7,19 +7,20 @@ gradients in that basis. The block is (Q_G ⊗ Q_A) diag(S) (Q_G ⊗ Q_A)ᵀ, S 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
 
 from curvature.estimate import add_statistics, check_derivatives
-from curvature.kronecker import learning, measurement
+from curvature.kronecker import learning, measurement, owned, owned_moments
+from curvature.kronecker.divided_bases import DividedBases
 from curvature.kronecker.eigen import eigh_here
 from curvature.kronecker.equal_eigenvalues import without_choice
-from curvature.kronecker.estimator import KroneckerEstimator, Parts
+from curvature.kronecker.estimator import Parts
 from curvature.kronecker.layout import Block, Layout
 from curvature.kronecker.learning import held
 from curvature.kronecker.moments import HELD, Held
@@ -36,7 +37,7 @@ from curvature.side_effects import same_random_numbers
 
 
 @dataclass(frozen=True)
-class EKFAC(KroneckerEstimator):
+class EKFAC(DividedBases):
     """K-FAC's eigenbasis with re-measured eigenvalues: never further from Gauss-Newton, in the Frobenius norm.
 
     S is the diagonal of the Gauss-Newton block (of the sampled or empirical Fisher) in K-FAC's eigenbasis, and the
@@ -49,7 +50,12 @@ class EKFAC(KroneckerEstimator):
     one process is looked at twice in place of it, and several start from K-FAC's λ_G λ_Aᵀ, with a warning. From then on
     S is a running mean. When a basis is refreshed, the block is carried over and its diagonal in the new basis kept.
 
-    Args: those of :class:`KFAC`, without ``damping_kind``: damping is exact, 1 / (S + λ).
+    With ``inverses="owner"`` the owner of a block keeps its S beside its basis, and lends the basis for a moment to the
+    others, who measure in it: a measurement then holds what layers saw and got, as the first step does. What is larger
+    than 2²⁶ numbers is looked at once more, with all bases at hand for that long.
+
+    Args: those of :class:`KFAC`, without ``damping_kind``: damping is exact, 1 / (S + λ). A run with
+        ``inverses="owner"`` goes on only from ``gathered_state_dict()``, whatever its ``inverse_interval``.
 
     >>> from torch import nn
     >>> from curvature import estimate
@@ -64,13 +70,22 @@ class EKFAC(KroneckerEstimator):
     Reference: George et al. 2018, arXiv 1806.03884.
     """
 
+    inverses: Literal["everywhere", "owner"] = "everywhere"
+
+    _divided: ClassVar[tuple[str, ...]] = owned.MEASURED
+
+    @property
+    def outlives_a_step(self) -> bool:
+        """S is a running mean, and means nothing without the basis that it was measured in."""
+        return self._owned
+
     def _keys(self) -> tuple[str, ...]:
-        return (*learning.KEYS, "moments")
+        return tuple(k for k in (*learning.KEYS, "moments") if k not in self.gathered_keys)
 
     def _shapes(self, block: Block) -> dict[str, tuple[int, ...]]:
         shapes = super()._shapes(block)
-        shapes["moments"] = (block.dims.groups, block.dims.d_out, block.size_in)
-        return shapes
+        shapes["moments"] = shape_of_moments(block)
+        return {k: v for k, v in shapes.items() if k not in self.gathered_keys}
 
     def estimate(self, problem: Problem) -> KroneckerOperator:
         """One shot over batches, which are gone over twice."""
@@ -78,12 +93,13 @@ class EKFAC(KroneckerEstimator):
         for look in range(2):
             statistics: Statistics = {}
             # Both looks see the same loss: dropout draws the same masks again.
+            seeing = self._with_all(state) if look else state
             with same_random_numbers(problem.model) if look == 0 else nullcontext():
                 for number, evaluation in enumerate(problem.evaluations()):
                     if look == number == 0:
                         check_derivatives(self, problem, evaluation)
                     own = self._own_weights(problem, evaluation)
-                    add_statistics(statistics, self._look(state, evaluation.graph, own), evaluation.share)
+                    add_statistics(statistics, self._look(seeing, evaluation.graph, own), evaluation.share)
             if look == 0:
                 seen = Observation(problem.params, statistics=statistics, parameters=problem.params)
                 self.update(state, seen)
@@ -92,14 +108,17 @@ class EKFAC(KroneckerEstimator):
                 if self.fisher == "forward-only" or not self._layout(problem.params).blocks:
                     break
         else:
-            state["moments"] = statistics["moments"]
-            self._drop_choice(state, self._layout(problem.params).blocks)
+            layout = self._layout(problem.params)
+            self._put(state, layout.blocks, cast("list[Tensor]", statistics["moments"]))
+            self._drop_choice(state, layout.blocks)
         return self.operator(state)
 
     def _measure(self, state: State, graph: LossGraph, own_weights: Tensor | None) -> Statistics:
         """K-FAC's statistics and S; of blocks that have no basis yet, what S will be formed from."""
         layout = self._layout(graph.params)
-        if self.fisher == "forward-only" or len(self._known(state, layout)) == len(layout.blocks):
+        known = self._known(state, layout)
+        ready = len(known) == len(layout.blocks) and not self._owned
+        if self.fisher == "forward-only" or ready:
             return self._look(state, graph, own_weights)
         parts = cast(Parts, state.get(TRANSIENT, Parts()))
         earlier = parts.samples
@@ -112,10 +131,23 @@ class EKFAC(KroneckerEstimator):
         parts.alone = None
         if not statistics and before is None:
             del state[TRANSIENT]
-        elif parts.held.full and parts.count == 1 and team() is None:
-            trial = with_first_bases(state, statistics, self._new(state, layout))
+            return statistics
+        if parts.held.full and parts.count == 1 and team() is None and len(known) < len(layout.blocks):
+            trial = with_first_bases(self._with_all(state), statistics, self._new(state, layout))
             trial[TRANSIENT] = Parts(samples=earlier)
             parts.alone = cast("list[Tensor]", self._look(trial, graph, own_weights)["moments"])
+        if self._owned and known and statistics:
+
+            def once_more() -> Statistics:
+                trial = self._with_all(state)
+                trial[TRANSIENT] = Parts(samples=earlier)
+                return self._look(trial, graph, own_weights)
+
+            with torch.autocast(graph.loss.device.type, enabled=False):
+                found = owned_moments.measured(state, layout, known, parts.held, once_more)
+            owned_moments.add_(parts.owned, found)
+            if len(known) == len(layout.blocks):
+                parts.held = None
         return statistics
 
     def _look(self, state: State, graph: LossGraph, own_weights: Tensor | None) -> Statistics:
@@ -133,18 +165,16 @@ class EKFAC(KroneckerEstimator):
         first = [b for b in new if b.root in known]
         if not first:
             return
-        moments = held(state, "moments")
         ranks = team()
-        if not together(ranks, parts.held.full, moments[first[0].root].device):
-            for block in first:
-                S = torch.zeros_like(moments[block.root])
-                for term in parts.held.terms.get(block.root, ()):
-                    term.add_to_(S, *learning.basis_of(state, block))
-                moments[block.root] = S if ranks is None else ranks.sum_(S).div_(ranks.size)
+        if not together(ranks, parts.held.full, held(state, "A_values")[first[0].root].device):
+            if self._owned:
+                found: Mapping[int, Tensor] = owned_moments.measured(state, layout, first, parts.held)
+            else:
+                found = {block.root: self._first(state, block, parts.held) for block in first}
+            self._put(state, first, found)
             self._drop_choice(state, first)
         elif parts.alone is not None and parts.count == 1:
-            for block in first:
-                moments[block.root] = parts.alone[block.root]
+            self._put(state, first, parts.alone)
             self._drop_choice(state, first)
         else:
             warnings.warn(
@@ -154,13 +184,54 @@ class EKFAC(KroneckerEstimator):
                 stacklevel=4,
             )
 
+    def _first(self, state: State, block: Block, seen: Held) -> Tensor:
+        """A block's first S from what a step held, over all ranks."""
+        S, ranks = torch.zeros_like(held(state, "moments")[block.root]), team()
+        for term in seen.terms.get(block.root, ()):
+            term.add_to_(S, *learning.basis_of(state, block))
+        return S if ranks is None else ranks.sum_(S).div_(ranks.size)
+
     def _drop_choice(self, state: State, blocks: Sequence[Block]) -> None:
         """S of blocks that were measured in their present bases, the same whichever bases of eigenspaces these are."""
-        moments = held(state, "moments")
-        for block in blocks:
+        moments = self._moments(state)
+        for block in self._mine(state, blocks):
             i = block.root
             values = held(state, "G_values")[i], held(state, "A_values")[i]
-            moments[i] = without_choice(moments[i], values, learning.basis_of(state, block))
+            moments[i] = without_choice(moments[i], values, self._basis(state, block))
+
+    # -- where bases and moments are: in the state, or those of its own blocks beside it --------------------------
+
+    def _mine(self, state: State, blocks: Sequence[Block]) -> list[Block]:
+        """Those of the blocks whose bases and moments this process keeps."""
+        if not self._owned:
+            return list(blocks)
+        bases = owned.bases_of(state, self._layout_of(state, None))
+        return [b for b in blocks if bases.owns(b)]
+
+    def _moments(self, state: State) -> MutableMapping[int, Tensor] | list[Tensor]:
+        """S by root."""
+        if not self._owned:
+            return held(state, "moments")
+        bases = owned.bases_of(state, self._layout_of(state, None))
+        if bases.moments is None:
+            bases.moments = {}
+        return bases.moments
+
+    def _basis(self, state: State, block: Block) -> tuple[Tensor | None, Tensor | None]:
+        if not self._owned:
+            return learning.basis_of(state, block)
+        return owned.bases_of(state, self._layout_of(state, None)).pair(block)
+
+    def _put(
+        self, state: State, blocks: Sequence[Block], found: Mapping[int, Tensor] | Sequence[Tensor]
+    ) -> None:
+        moments = self._moments(state)
+        for block in self._mine(state, blocks):
+            moments[block.root] = found[block.root]
+
+    def _with_all(self, state: State) -> State:
+        """A state with the bases of all ranks, to be let go after one look; it shares all else with ``state``."""
+        return {**state, **self.gather(state)} if self._owned else state
 
     def _new(self, state: State, layout: Layout) -> list[Block]:
         """The blocks that have no eigenbases."""
@@ -176,17 +247,21 @@ class EKFAC(KroneckerEstimator):
         counts = torch.stack([c.cpu() for c in held(state, "count")]).tolist()
         return [b for b in layout.blocks if counts[b.root] > 0]
 
+    def _with_basis(self, state: State, layout: Layout) -> list[Block]:
+        """The blocks that can be measured in their bases at once."""
+        return self._known(state, layout) if "A_vectors" in state else []
+
     def _zeros(self, state: State, layout: Layout, params: Sequence[Tensor], spare: Spare) -> Statistics:
         statistics = super()._zeros(state, layout, params, spare)
-        known = self._known(state, layout)
+        known = self._with_basis(state, layout)
         if known and self.fisher != "forward-only":
-            shapes = {b.root: self._shapes(b)["moments"] for b in known}
+            shapes = {b.root: shape_of_moments(b) for b in known}
             statistics["moments"] = measurement.zeros(layout, shapes, params)
         return statistics
 
     def _accumulators(self, state: State, layout: Layout, statistics: Statistics) -> Accumulators:
         into = super()._accumulators(state, layout, statistics)
-        known = self._known(state, layout) if "moments" in statistics else []
+        known = self._with_basis(state, layout) if "moments" in statistics else []
         measured = cast("list[Tensor]", statistics.get("moments", []))
         parts = cast(Parts, state.get(TRANSIENT, Parts()))
         return replace(
@@ -200,12 +275,18 @@ class EKFAC(KroneckerEstimator):
     def _take(
         self, state: State, layout: Layout, observed: dict[str, list[Tensor]], live: set[int]
     ) -> set[int]:
-        if "moments" in observed:
-            count = held(state, "count")
-            blocks = [b.root for b in self._known(state, layout) if live.intersection(b.members)]
+        parts = cast(Parts, state.get(TRANSIENT, Parts()))
+        if "moments" in observed or parts.owned:
+            measured, moments, count = (
+                observed.get("moments", parts.owned),
+                self._moments(state),
+                held(state, "count"),
+            )
+            known = self._mine(state, self._known(state, layout))
+            blocks = [b.root for b in known if live.intersection(b.members)]
             running_mean_(
-                [held(state, "moments")[i] for i in blocks],
-                [observed["moments"][i] for i in blocks],
+                [moments[i] for i in blocks],
+                [measured[i] for i in blocks],
                 [count[i].clone() for i in blocks],
                 self.beta,
             )
@@ -213,26 +294,59 @@ class EKFAC(KroneckerEstimator):
 
     def _refresh(self, state: State, blocks: Sequence[Block]) -> None:
         """New bases; S becomes the diagonal, in the new basis, of the block that it was."""
-        before = {b.root: learning.basis_of(state, b) for b in blocks}
-        super()._refresh(state, blocks)
-        moments = held(state, "moments")
+        if self._owned:
+            layout = self._layout_of(state, None)
+            bases = owned.bases_of(state, layout)
+            earlier = dict(bases.vectors)
+            before = {b.root: bases.pair(b) for b in layout.blocks if b.root in earlier}
+            owned.refresh_(state, layout, blocks)
+            blocks = [
+                b
+                for b in self._mine(state, layout.blocks)
+                if bases.vectors.get(b.root) is not earlier.get(b.root)
+            ]
+        else:
+            before = {b.root: learning.basis_of(state, b) for b in blocks}
+            super()._refresh(state, blocks)
+        moments = self._moments(state)
         for block in blocks:
             i = block.root
-            if not bool(moments[i].any()) or self.fisher == "forward-only":
-                moments[i] = held(state, "G_values")[i].unsqueeze(-1) * held(state, "A_values")[i].unsqueeze(
-                    -2
-                )
-                continue
-            for side, (old, new) in enumerate(zip(before[i], learning.basis_of(state, block), strict=True)):
-                if old is None or new is None:
-                    continue
-                rotation = (new.mT @ old).square_()
-                moments[i] = rotation @ moments[i] if side == 0 else moments[i] @ rotation.mT
+            fresh = i not in moments if isinstance(moments, dict) else not bool(moments[i].any())
+            if fresh or self.fisher == "forward-only":
+                g, a = held(state, "G_values")[i], held(state, "A_values")[i]
+                moments[i] = g.unsqueeze(-1) * a.unsqueeze(-2)
+            else:
+                moments[i] = rotated(moments[i], before[i], self._basis(state, block))
+
+    def operator(self, state: State) -> KroneckerOperator:
+        """B from the eigenbases and moments at hand."""
+        return self._owned_operator(state, False) if self._owned else super().operator(state)
 
     def _eigenblock(self, state: State, block: Block) -> Eigenblock:
         g, a = held(state, "G_values")[block.root], held(state, "A_values")[block.root]
         Q_G, Q_A = learning.basis_of(state, block)
         return Eigenblock(block, held(state, "moments")[block.root].clone(), Q_G, Q_A, g, a)
+
+
+def shape_of_moments(block: Block) -> tuple[int, ...]:
+    """Of S."""
+    return block.dims.groups, block.dims.d_out, block.size_in
+
+
+def rotated(S: Tensor, before: Sequence[Tensor | None], after: Sequence[Tensor | None]) -> Tensor:
+    """The diagonal, in the basis ``after``, of the block that had the diagonal S in the basis ``before``.
+
+    Args:
+        S: (groups, d_out, size_in).
+        before: (Q_G, Q_A), ``None`` for the identity.
+        after: likewise.
+    """
+    for side, (old, new) in enumerate(zip(before, after, strict=True)):
+        if old is None or new is None:
+            continue
+        rotation = (new.mT @ old).square_()
+        S = rotation @ S if side == 0 else S @ rotation.mT
+    return S
 
 
 def with_first_bases(state: State, statistics: Statistics, blocks: Sequence[Block]) -> State:

@@ -61,12 +61,14 @@ class Parts:
         count: the micro-batches so far.
         held: what EK-FAC's first S will be formed from, while there is no basis yet.
         alone: the first S where one micro-batch was too large to be held, measured in the bases of it alone.
+        owned: S of the blocks whose bases this rank alone keeps, so far.
     """
 
     samples: int = 0
     count: int = 0
     held: Held | None = None
     alone: list[Tensor] | None = None
+    owned: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
-
 from curvature.kronecker import inverses as formed
 from curvature.kronecker import learning, owned
-from curvature.kronecker.estimator import KroneckerEstimator
+from curvature.kronecker.divided_bases import DividedBases
 from curvature.kronecker.layout import Block
 from curvature.kronecker.learning import held
 from curvature.kronecker.operator import KroneckerOperator
@@ -22,7 +20,7 @@ from curvature.registry import estimators
 
 
 @dataclass(frozen=True)
-class KFAC(KroneckerEstimator):
+class KFAC(DividedBases):
     """Kronecker-factored curvature: each layer's block is A ⊗ G, with weight and bias one block.
 
     The approximation to choose when matrices dominate the model: it holds the correlations between a layer's
@@ -81,16 +79,9 @@ class KFAC(KroneckerEstimator):
         if self.damping_kind not in ("exact", "factored"):
             raise ValueError(f"damping_kind must be 'exact' or 'factored', got {self.damping_kind!r}")
 
-        if self.inverses not in ("everywhere", "owner"):
-            raise ValueError(f"inverses must be 'everywhere' or 'owner', got {self.inverses!r}")
-
     @property
     def _factored(self) -> bool:
         return self.damping_kind == "factored"
-
-    @property
-    def _owned(self) -> bool:
-        return self.inverses == "owner"
 
     @property
     def _formed(self) -> bool:
@@ -120,23 +111,6 @@ class KFAC(KroneckerEstimator):
         else:
             super()._refresh(state, blocks)
 
-    @property
-    def gathered_keys(self) -> tuple[str, ...]:
-        """The bases, where ranks keep them divided."""
-        return owned.VECTORS if self._owned else ()
-
-    def gather(self, state: State) -> dict[str, list[Tensor]]:
-        """All bases, from their owners."""
-        return owned.gathered(state, self._layout_of(state, None))
-
-    def check_gathered(self, state: State, given: dict[str, list[Tensor]] | None) -> None:
-        """Refuse a loaded state from which the run would go on otherwise."""
-        owned.check_gathered(state, self._layout_of(state, None), given, self.inverse_interval)
-
-    def take_gathered(self, state: State, given: dict[str, list[Tensor]]) -> None:
-        """Keep this process's own of the loaded bases."""
-        owned.take_gathered(state, self._layout_of(state, None), given)
-
     def operator(self, state: State) -> KroneckerOperator:
         """B from the eigenbases, or the factors, at hand."""
         if self._formed:
@@ -148,18 +122,9 @@ class KFAC(KroneckerEstimator):
                 [d.clone() for d in held(state, "diagonal")],
                 formed.inverses_of(state),
             )
-        if not self._owned:
-            return super().operator(state)
-        layout = self._layout_of(state, None)
-        bases = owned.bases_of(state, layout)
-        return owned.OwnedKroneckerOperator(
-            self._like(state, layout),
-            layout,
-            [owned.eigenblock(state, bases, b) for b in layout.blocks],
-            [d.clone() for d in held(state, "diagonal")],
-            self._factored,
-            bases,
-        )
+        if self._owned:
+            return self._owned_operator(state, self._factored)
+        return super().operator(state)
 
 
 estimators.add("kfac", KFAC)

@@ -138,6 +138,13 @@ class Held:
         """Let the calls of a micro-batch go: the next one's are others."""
         self._calls.clear()
 
+    def without(self, roots: Sequence[int]) -> dict[int, list[Term]]:
+        """Take the terms of these blocks out."""
+        taken = {root: self.terms.pop(root) for root in roots if root in self.terms}
+        if not self.terms:
+            self.elements = 0
+        return taken
+
     def _inputs_of(self, call: Inputs) -> HeldInputs:
         if id(call) not in self._calls:  # every vector sent back meets the same inputs
             inputs = tuple(x.clone() for x in call.inputs)

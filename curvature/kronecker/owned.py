@@ -1,9 +1,9 @@
 """Eigenbases that each rank keeps for its own blocks alone, and an operator that asks their owners.
 
-Legend: a block's *owner* is the rank that decomposes its factors and keeps Q_A and Q_G; every rank keeps A and G (which
-are averaged) and the eigenvalues (which are small). B V = Q_G (Λ ∘ Q_Gᵀ V Q_A) Q_Aᵀ is computed by the owner of the
-block and sent to the others: a message of the gradient's size for every product and every solve, in place of bases that
-every rank keeps (the MEM-OPT strategy of Pauloski et al. 2021, KAISA, arXiv 2107.01739).
+Legend: a block's *owner* is the rank that decomposes its factors and keeps Q_A and Q_G, and EK-FAC's S; every rank
+keeps A and G (which are averaged) and the eigenvalues (which are small). B V = Q_G (Λ ∘ Q_Gᵀ V Q_A) Q_Aᵀ is computed by
+the owner of the block and sent to the others: a message of the gradient's size for every product and every solve, in
+place of bases that every rank keeps (the MEM-OPT strategy of Pauloski et al. 2021, KAISA, arXiv 2107.01739).
 """
 
 from __future__ import annotations
@@ -33,13 +33,17 @@ class Bases:
         place: (rank, size) of the team that the blocks were dealt to.
         owner: of every block of the layout, by its root.
         known: the roots of the blocks whose bases exist, here or elsewhere.
+        sizes: of their inputs.
         vectors: (Q_A, Q_G) of this process's own blocks; a tensor without elements is the identity.
+        moments: S of this process's own blocks, in these bases; ``None`` where none is measured (K-FAC).
     """
 
     place: tuple[int, int]
     owner: dict[int, int]
     known: set[int] = field(default_factory=set)
+    sizes: dict[int, int] = field(default_factory=dict)
     vectors: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    moments: dict[int, Tensor] | None = None
 
     def owns(self, block: Block) -> bool:
         """Whether the block is this process's."""
@@ -47,7 +51,23 @@ class Bases:
 
     def tensors(self) -> list[Tensor]:
         """What takes memory."""
-        return [x for pair in self.vectors.values() for x in pair]
+        return [x for pair in self.vectors.values() for x in pair] + list((self.moments or {}).values())
+
+    def forget(self, block: Block) -> None:
+        """Drop what belonged to a block of another size."""
+        self.sizes[block.root] = block.size_in
+        self.known.discard(block.root)
+        for kept in (self.vectors, self.moments or {}):
+            kept.pop(block.root, None)
+
+    def kept(self, block: Block) -> list[Tensor]:
+        """What this process keeps of a block of its own: Q_A and Q_G, and S where it is measured."""
+        return [*self.vectors[block.root], *([] if self.moments is None else [self.moments[block.root]])]
+
+    def pair(self, block: Block) -> tuple[Tensor | None, Tensor | None]:
+        """(Q_G, Q_A) of a block of its own, ``None`` for the identity."""
+        Q_A, Q_G = self.vectors[block.root]
+        return (Q_G if Q_G.numel() else None), (Q_A if Q_A.numel() else None)
 
 
 def cost_of(block: Block) -> float:
@@ -56,14 +76,37 @@ def cost_of(block: Block) -> float:
 
 
 def bases_of(state: State, layout: Layout) -> Bases:
-    """The bases of this process; none yet where the state was loaded, or the team has another size than before."""
+    """The bases of this process; none yet where the state was loaded, or the team has another size than before.
+
+    Raises:
+        RuntimeError: where moments would be lost with the bases that they were measured in.
+    """
     processes = team()
     place = (0, 1) if processes is None else (processes.rank, processes.size)
     bases = cast("Bases | None", state.get(CACHE))
-    if bases is None or bases.place != place:
-        dealt = owners([cost_of(block) for block in layout.blocks], place[1])
-        bases = Bases(place, {b.root: who for b, who in zip(layout.blocks, dealt, strict=True)})
+    if bases is not None and bases.place != place:
+        if processes is None:  # looked at outside of a step: what was divided stays so
+            return bases
+        if bases.known and bases.moments is not None:
+            raise RuntimeError(
+                f"the moments are divided among {bases.place[1]} ranks, and this step is taken by {place[1]}: load "
+                "what gathered_state_dict() gave before the group of ranks changed"
+            )
+        bases = None
+    if bases is None:
+        bases = Bases(place, {})
         state[CACHE] = bases
+    for b in layout.blocks:  # a bias that a group brought later makes its block larger: it starts again
+        if bases.sizes.setdefault(b.root, b.size_in) != b.size_in:
+            bases.forget(b)
+    new = [b for b in layout.blocks if b.root not in bases.owner]
+    if new:
+        load = [0.0] * bases.place[1]
+        for b in layout.blocks:
+            if b.root in bases.owner:
+                load[bases.owner[b.root]] += cost_of(b)
+        dealt = owners([cost_of(b) for b in new], bases.place[1], load)
+        bases.owner.update((b.root, who) for b, who in zip(new, dealt, strict=True))
     return bases
 
 
@@ -120,63 +163,85 @@ def values_of(state: State, block: Block) -> list[Tensor]:
 VECTORS = ("A_vectors", "G_vectors")
 """What a gathered state holds beside the state: as KFAC(inverses="everywhere") keeps it, so that either loads it."""
 
+MEASURED = (*VECTORS, "moments")
+"""The same of EK-FAC."""
 
-def gathered(state: State, layout: Layout) -> dict[str, list[Tensor]]:
+
+def gathered(state: State, layout: Layout, keys: Sequence[str] = VECTORS) -> dict[str, list[Tensor]]:
     """All bases, from their owners; every rank must ask. Without elements where there are none.
 
     Args:
         state: of this process.
         layout: all blocks.
+        keys: :data:`VECTORS` or :data:`MEASURED`.
 
     Returns:
-        ``A_vectors`` and ``G_vectors``, one tensor a parameter.
+        one tensor a parameter for every key.
     """
     bases = bases_of(state, layout)
     known = [b for b in layout.blocks if b.root in bases.known]
     found = divided(
         [1.0] * len(known),
-        lambda indices: [list(bases.vectors[known[i].root]) for i in indices],
-        lambda i: [
-            values_of(state, known[i])[0].new_empty(shape) for shape in vector_shapes(state, known[i])
-        ],
+        lambda indices: [bases.kept(known[i]) for i in indices],
+        lambda i: [values_of(state, known[i])[0].new_empty(s) for s in shapes(state, known[i], keys)],
         [bases.owner[b.root] for b in known],
     )
-    out = {key: [values.new_empty(0) for values in held(state, "A_values")] for key in VECTORS}
+    out = {key: [values.new_empty(0) for values in held(state, "A_values")] for key in keys}
     for block in layout.blocks:  # zeros before a first basis, as they are kept everywhere
-        for key, shape in zip(VECTORS, vector_shapes(state, block), strict=True):
+        for key, shape in zip(keys, shapes(state, block, keys), strict=True):
             out[key][block.root] = held(state, "A_values")[block.root].new_zeros(shape)
-    for block, pair in zip(known, found, strict=True):
-        for key, Q in zip(VECTORS, pair, strict=True):
-            out[key][block.root] = Q
+    for block, kept in zip(known, found, strict=True):
+        for key, x in zip(keys, kept, strict=True):
+            out[key][block.root] = x
     return out
 
 
-def vector_shapes(state: State, block: Block) -> list[tuple[int, ...]]:
-    """Of Q_A and Q_G; (0,) is the identity."""
+def lent(state: State, layout: Layout, block: Block) -> tuple[Tensor | None, Tensor | None]:
+    """(Q_G, Q_A) of one block, from its owner; every rank must ask, and lets it go when it has used it."""
+    bases = bases_of(state, layout)
+    ((Q_A, Q_G),) = divided(
+        [1.0],
+        lambda indices: [list(bases.vectors[block.root]) for _ in indices],
+        lambda _: [values_of(state, block)[0].new_empty(s) for s in shapes(state, block, VECTORS)],
+        [bases.owner[block.root]],
+    )
+    return (Q_G if Q_G.numel() else None), (Q_A if Q_A.numel() else None)
+
+
+def shapes(state: State, block: Block, keys: Sequence[str]) -> list[tuple[int, ...]]:
+    """Of Q_A and Q_G, where (0,) is the identity, and of S where it is among the keys."""
     values_a, values_g = values_of(state, block)
     kept = held(state, "G")[block.root].numel() > 0 or block.transposed is not None
     whole = [(*values.shape, values.shape[-1]) for values in (values_a, values_g)]
-    return [(0,) if block.diagonal_input else whole[0], whole[1] if kept else (0,)]
+    found = [(0,) if block.diagonal_input else whole[0], whole[1] if kept else (0,)]
+    return [*found, (*values_g.shape, values_a.shape[-1])][: len(keys)]
 
 
 def check_gathered(
-    state: State, layout: Layout, given: dict[str, list[Tensor]] | None, interval: int
+    state: State, layout: Layout, given: dict[str, list[Tensor]] | None, keys: Sequence[str], refusal: str
 ) -> None:
     """Refuse a loaded state whose bases are missing, where the run would go on otherwise, or are of other shapes.
+
+    Args:
+        state: as it would be loaded.
+        layout: all blocks.
+        given: what was saved of ``keys``, or ``None``.
+        keys: :data:`VECTORS` or :data:`MEASURED`.
+        refusal: what cannot go on without them; empty where it can.
 
     Raises:
         ValueError: naming the remedy.
     """
     observed = any(float(held(state, "count")[b.root]) > 0 for b in layout.blocks)
     if given is None:
-        if observed and interval > 1:
+        if observed and refusal:
             raise ValueError(
-                f'KFAC(inverses="owner") with inverse_interval={interval} cannot go on from a state_dict without its '
-                "eigenbases: save optimizer.gathered_state_dict(), called on every rank, in place of state_dict()"
+                f"{refusal} cannot go on from a state_dict without its eigenbases: save "
+                "optimizer.gathered_state_dict(), called on every rank, in place of state_dict()"
             )
         return
     for block in layout.blocks:
-        for key, shape in zip(VECTORS, vector_shapes(state, block), strict=True):
+        for key, shape in zip(keys, shapes(state, block, keys), strict=True):
             found = tuple(given[key][block.root].shape)
             if found != shape:
                 raise ValueError(
@@ -185,26 +250,34 @@ def check_gathered(
 
 
 def take_gathered(state: State, layout: Layout, given: dict[str, list[Tensor]]) -> None:
-    """Keep this process's own of the loaded bases."""
+    """Keep this process's own of the loaded bases, and moments where there are some."""
     state.pop(CACHE, None)
     bases = bases_of(state, layout)
+    measured = MEASURED[-1] in given
+    bases.moments = {} if measured else None
     for block in layout.blocks:
         if not float(held(state, "count")[block.root]) > 0:
             continue
         bases.known.add(block.root)
         if bases.owns(block):
             like = held(state, "A_values")[block.root]
-            Q_A, Q_G = (given[key][block.root].to(like.device, like.dtype, copy=True) for key in VECTORS)
+            Q_A, Q_G, *S = (given[key][block.root].to(like.device, like.dtype, copy=True) for key in given)
             bases.vectors[block.root] = (Q_A, Q_G)
+            if bases.moments is not None:
+                bases.moments[block.root] = S[0]
 
 
 def eigenblock(state: State, bases: Bases, block: Block) -> Eigenblock:
     """A block with its basis if it is this process's, else with its eigenvalues alone."""
     values_a, values_g = values_of(state, block)
     Q_A, Q_G = bases.vectors.get(block.root, (values_a.new_empty(0), values_a.new_empty(0)))
+    product = values_g.unsqueeze(-1) * values_a.unsqueeze(
+        -2
+    )  # what is not this process's own only needs its shape
+    S = None if bases.moments is None else bases.moments.get(block.root)
     return Eigenblock(
         block,
-        values_g.unsqueeze(-1) * values_a.unsqueeze(-2),
+        product if S is None else S.clone(),
         Q_G if Q_G.numel() else None,
         Q_A if Q_A.numel() else None,
         values_g,
@@ -251,13 +324,13 @@ class OwnedKroneckerOperator(KroneckerOperator):
     def _apply(
         self, v: Sequence[Tensor], out: list[Tensor], multiplier: Callable[[Eigenblock], Tensor]
     ) -> None:
-        factors = {
-            block.block.root: multiplier(block) for block in self.blocks
-        }  # raises on all ranks or on none
+        shared = self.blocks if self._bases.moments is None else []
+        factors = {b.block.root: multiplier(b) for b in shared}  # raises on all ranks or on none
 
         def product(block: Eigenblock) -> Tensor:
-            V = gather(block.block, v).to(block.values.dtype)
-            return block.from_basis(factors[block.block.root] * block.to_basis(V))
+            root = block.block.root
+            factor = factors[root] if root in factors else multiplier(block)
+            return block.from_basis(factor * block.to_basis(gather(block.block, v).to(factor.dtype)))
 
         self._by_owners(out, product)
 

@@ -141,7 +141,10 @@ def check_none(subject: Subject) -> None:
 
 
 def check_saving(subject: Subject) -> None:
-    """State survives torch.save and torch.load(weights_only=True), and the run goes on as if uninterrupted."""
+    """State survives torch.save and torch.load(weights_only=True), and the run goes on as if uninterrupted.
+
+    What an estimator keeps beside its state (``gathered_keys``) is saved and taken as its contract says.
+    """
     model = subject.model()
     estimator = subject.estimator(model)
     state = estimator.init(list(model.parameters()))
@@ -149,9 +152,14 @@ def check_saving(subject: Subject) -> None:
         subject.observe(estimator, state, model)
         transient = state.pop(TRANSIENT, None)
     file = io.BytesIO()
-    torch.save({key: value for key, value in state.items() if key != CACHE}, file)
+    saved = {key: value for key, value in state.items() if key != CACHE}
+    divided = bool(getattr(estimator, "gathered_keys", ()))
+    torch.save((saved, estimator.gather(state) if divided else {}), file)  # type: ignore[attr-defined]
     file.seek(0)
-    loaded = torch.load(file, weights_only=True)
+    loaded, given = torch.load(file, weights_only=True)
+    if divided:
+        estimator.check_gathered(loaded, given)  # type: ignore[attr-defined]
+        estimator.take_gathered(loaded, given)  # type: ignore[attr-defined]
     results = []
     for held in (state, loaded):
         subject.observe(estimator, held, model)

@@ -62,8 +62,8 @@ class KFAC(SecondOrder):
         params: parameters or groups to optimise in place of the model's.
         trust_region: in place of KL ellipsoid and damping, which must then be left at their defaults.
         exclude: names of modules to treat by the diagonal.
-        inverses: where ranks keep eigenbases, ``"everywhere"`` or (K-FAC alone) with their ``"owner"``; see
-            :class:`curvature.KFAC`.
+        inverses: where ranks keep eigenbases, ``"everywhere"`` or with their ``"owner"``; see :class:`curvature.KFAC`
+            and :class:`curvature.EKFAC`.
         damping_kind: ``"factored"`` (the paper's, section 6.3: each factor is damped by itself) or ``"exact"``;
             ``None`` is ``"factored"``, which needs the smaller λ for the same stability, inverts by Cholesky, and
             multiplies by formed inverses: two products a layer where the eigenbases of ``"exact"`` take four.
@@ -118,14 +118,6 @@ class KFAC(SecondOrder):
         trials: Literal["every", "due"] = "every",
         **options: Any,
     ) -> None:
-        chosen = self._damping_options(damping_kind)
-        if inverses != "everywhere":
-            if self.estimator is not curvature.KFAC:
-                raise ValueError(
-                    f"inverses={inverses!r} goes with KFAC: {type(self).__name__} measures in the bases, so every rank "
-                    'needs them; leave inverses at "everywhere"'
-                )
-            chosen["inverses"] = inverses
         estimator = self.estimator(
             model,
             fisher=fisher,
@@ -136,7 +128,8 @@ class KFAC(SecondOrder):
             factor_interval=factor_interval,
             inverse_interval=inverse_interval,
             exclude=exclude,
-            **chosen,
+            inverses=inverses,
+            **self._damping_options(damping_kind),
         )
         super().__init__(
             trainable(model) if params is None else params,

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from curvature.kronecker import moments
 from optimizers import SecondOrder, Shampoo, build
 from optimizers.distributed import Ranks
 from tests.distributed.problem import BATCH, same, train, whole
@@ -73,7 +74,13 @@ def counted() -> Iterator[Work]:
 def makes() -> dict[str, Callable[[nn.Module, Any], SecondOrder]]:
     def kronecker(kind: str) -> Callable[[nn.Module, Any], SecondOrder]:
         return lambda model, group: build(
-            model, "kfac", inverse_interval=1, damping="fixed", damping_kind=kind, radius=1.0, process_group=group
+            model,
+            "kfac",
+            inverse_interval=1,
+            damping="fixed",
+            damping_kind=kind,
+            radius=1.0,
+            process_group=group,
         )
 
     return {
@@ -110,12 +117,33 @@ def work_falls_with_ranks(folder: Path) -> None:
 
 def bases_stay_with_their_owners(folder: Path) -> None:
     """``inverses="owner"``: 1/R of the decompositions and of the kept bases on each of R ranks, the same steps; and
-    what rank 0 saved of all goes on bit for bit."""
+    what rank 0 saved of all goes on bit for bit. EK-FAC's moments stay with the bases that they were measured in."""
+    for preset in ("kfac", "ekfac"):
+        bases_stay(folder, preset)
 
+
+def one_rank_that_cannot_hold_its_rows(folder: Path) -> None:
+    """EK-FAC's bases are lent to all for a second look where one rank could not hold what its layers saw."""
+    models = deep(), deep()
+    options = {"damping": "fixed", "radius": 1.0, "inverse_interval": 2}
+    reference = build(models[0], "ekfac", process_group=None, **options)
+    optimizer = build(models[1], "ekfac", inverses="owner", **options)
+    train(models[0], reference, data, range(5))
+    parallel, kept = DistributedDataParallel(models[1]), moments.HELD
+    train(parallel, optimizer, dealt, range(1))
+    moments.HELD = 10 if dist.get_rank() == 0 else kept
+    try:
+        train(parallel, optimizer, dealt, range(1, 5))
+    finally:
+        moments.HELD = kept
+    same(whole(models[0]), whole(models[1]), 1e-6)
+
+
+def bases_stay(folder: Path, preset: str) -> None:
     def make(model: nn.Module, group: Any, place: str, interval: int = 1) -> SecondOrder:
         return build(
             model,
-            "kfac",
+            preset,
             inverse_interval=interval,
             damping_kind="exact",  # bases, which `state_bytes` counts; factored damping keeps inverses beside the state
             radius=1.0,
@@ -136,7 +164,7 @@ def bases_stay_with_their_owners(folder: Path) -> None:
             found = train(parallel, optimizer, dealt, range(5))
         assert found == pytest.approx(radii, rel=1e-6, nan_ok=True), (found, radii)
         same(whole(expected), whole(model), 1e-6)
-        vectors = [p for k in ("A", "G") for p in reference._curvature_state[f"{k}_vectors"]]  # type: ignore[union-attr]
+        vectors = [x for k in optimizer.curvature.gathered_keys for x in reference._curvature_state[k]]  # type: ignore[attr-defined]
         everywhere = sum(x.numel() * x.element_size() for x in vectors)
         factors = reference.state_bytes() - everywhere
         assert (optimizer.state_bytes() - factors) * world == everywhere, (optimizer.state_bytes(), factors)

@@ -24,7 +24,10 @@ SAME = [
 
 def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
     refusals = ["data_parallel.loss_must_be_given_on_every_rank", "fully_sharded.refusals_when_built"]
-    refusals.append("inverses.failure_on_one_rank_is_heard_by_all")
+    refusals += [
+        "inverses.failure_on_one_rank_is_heard_by_all",
+        "inverses.one_rank_that_cannot_hold_its_rows",
+    ]
     spawn(2, [*SAME, "data_parallel.presets_equal_one_process", *refusals], tmp_path)
 
 

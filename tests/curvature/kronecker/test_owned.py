@@ -1,5 +1,5 @@
-"""``KFAC(inverses="owner")`` in one process, where it owns all: the same operator, in another place. See also
-``tests/distributed/inverses.py``."""
+"""K-FAC and EK-FAC with ``inverses="owner"`` in one process, which owns all: the same operator, in another place. See
+also ``tests/distributed/inverses.py``."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import optimizers
-from curvature import KFAC, PerParameter, estimate
+from curvature import EKFAC, KFAC, PerParameter, estimate
+from curvature.kronecker import moments
 from curvature.protocols import CACHE
 from curvature.testing import check_estimator
 from optimizers import SecondOrder, build
@@ -47,15 +47,16 @@ def loss_fn(z: Tensor, y: Tensor) -> Tensor:
 
 @pytest.mark.filterwarnings("ignore:.*treats these by the diagonal")
 @pytest.mark.parametrize("fisher", ["type-2", "forward-only"])
-@pytest.mark.parametrize("damping_kind", ["exact", "factored"])
+@pytest.mark.parametrize("damping_kind", ["exact", "factored", None])
 def test_operator_is_the_same_wherever_its_bases_are(fisher: Any, damping_kind: Any) -> None:
     model = Tied()
-    here, there = (
-        estimate(
-            KFAC(model, fisher=fisher, damping_kind=damping_kind, inverses=place), model, loss_fn, [(X, Y)]
-        )
-        for place in ("everywhere", "owner")
-    )
+
+    def make(place: Any) -> KFAC | EKFAC:
+        if damping_kind is None:
+            return EKFAC(model, fisher=fisher, inverses=place)
+        return KFAC(model, fisher=fisher, damping_kind=damping_kind, inverses=place)
+
+    here, there = (estimate(make(place), model, loss_fn, [(X, Y)]) for place in ("everywhere", "owner"))
     generator = torch.Generator().manual_seed(3)
     v = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in model.parameters()]
     for a, b in (
@@ -64,15 +65,16 @@ def test_operator_is_the_same_wherever_its_bases_are(fisher: Any, damping_kind: 
         (here.diagonal(), there.diagonal()),
     ):
         for x, y in zip(a, b, strict=True):
-            if damping_kind == "exact":
+            if damping_kind != "factored":
                 assert torch.equal(x, y)
             else:  # formed inverses here, eigenbases there
                 torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(here.to_dense(), there.to_dense(), rtol=1e-10, atol=1e-12)
 
 
-def test_estimator_keeps_the_laws() -> None:
-    check_estimator(lambda model: KFAC(model, inverses="owner"))
+@pytest.mark.parametrize("kind", [KFAC, EKFAC])
+def test_estimator_keeps_the_laws(kind: Any) -> None:
+    check_estimator(lambda model: kind(model, inverses="owner"))
 
 
 def network() -> nn.Module:
@@ -96,14 +98,18 @@ def train(model: nn.Module, optimizer: SecondOrder, steps: range) -> None:
         optimizer.step(closure)
 
 
-def kfac(model: nn.Module, inverses: Any, interval: int = 1) -> SecondOrder:
-    return build(model, "kfac", inverses=inverses, inverse_interval=interval, damping_kind="exact")
+def kfac(model: nn.Module, inverses: Any, interval: int = 1, preset: str = "kfac") -> SecondOrder:
+    return build(model, preset, inverses=inverses, inverse_interval=interval, damping_kind="exact")
 
 
+PRESETS = pytest.mark.parametrize("preset", ["kfac", "ekfac"])
+
+
+@PRESETS
 @pytest.mark.parametrize("interval", [1, 3])
-def test_training_is_the_same_bit_for_bit(interval: int) -> None:
+def test_training_is_the_same_bit_for_bit(interval: int, preset: str) -> None:
     a, b = network(), network()
-    everywhere, owner = kfac(a, "everywhere", interval), kfac(b, "owner", interval)
+    everywhere, owner = kfac(a, "everywhere", interval, preset), kfac(b, "owner", interval, preset)
     train(a, everywhere, range(8))
     train(b, owner, range(8))
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
@@ -128,11 +134,12 @@ def test_bases_are_decomposed_again_after_a_load_and_a_copy() -> None:
         assert torch.equal(p, r)
 
 
+@PRESETS
 @pytest.mark.parametrize("place", ["owner", "everywhere"])
-def test_resumes_bit_for_bit_between_refreshes(place: str) -> None:
+def test_resumes_bit_for_bit_between_refreshes(place: str, preset: str) -> None:
     """From a state with the bases; they are neither of the factors at hand nor of the last ones measured."""
     model, other = network(), network()
-    optimizer, resumed = kfac(model, "owner", 4), kfac(other, place, 4)
+    optimizer, resumed = kfac(model, "owner", 4, preset), kfac(other, place, 4, preset)
     train(model, optimizer, range(7))
     if place == "owner":
         train(other, resumed, range(10, 13))  # its own bases, which the load must replace
@@ -147,7 +154,8 @@ def test_resumes_bit_for_bit_between_refreshes(place: str) -> None:
     for p, q, r in zip(model.parameters(), other.parameters(), twin_model.parameters(), strict=True):
         assert torch.equal(p, q)
         assert torch.equal(p, r)
-    assert not any("vectors" in name for entries in optimizer.state.values() for name in entries)
+    divided = ("vectors", "moments")
+    assert not any(d in name for entries in optimizer.state.values() for name in entries for d in divided)
 
 
 def test_a_state_that_would_go_on_otherwise_is_refused_and_changes_nothing() -> None:
@@ -173,29 +181,59 @@ def test_a_state_that_would_go_on_otherwise_is_refused_and_changes_nothing() -> 
     for i, entries in before["state"].items():
         for name, value in entries.items():
             torch.testing.assert_close(after["state"][i][name], value, rtol=0, atol=0, equal_nan=True)
-    rules = [("*", KFAC(model, inverses="owner", inverse_interval=2))]
-    with pytest.raises(ValueError, match="PerParameter cannot save"):
-        PerParameter(rules, model).init(list(model.parameters()))
+    for part in (KFAC(model, inverses="owner", inverse_interval=2), EKFAC(model, inverses="owner")):
+        with pytest.raises(ValueError, match="PerParameter cannot save"):
+            PerParameter([("*", part)], model).init(list(model.parameters()))
+    measured, empty = kfac(network(), "owner", 1, "ekfac"), kfac(network(), "owner", 1, "ekfac")
+    train(measured.curvature.model, measured, range(1))
+    with pytest.raises(ValueError, match="gathered_state_dict"):  # S is a running mean, whatever the interval
+        empty.load_state_dict(measured.state_dict())
 
 
-def test_a_layer_that_joins_later_gets_its_basis() -> None:
-    model = network()
-    for p in model[0].parameters():
-        p.requires_grad_(False)
-    optimizer = optimizers.KFAC(
-        model, params=model.parameters(), inverses="owner", inverse_interval=5, damping="fixed", radius=1.0
-    )
-    train(model, optimizer, range(2))
-    for p in model[0].parameters():
-        p.requires_grad_(True)
-    before = model[0].weight.detach().clone()
-    train(model, optimizer, range(2, 4))
-    assert not torch.equal(before, model[0].weight)
-    assert torch.isfinite(model[0].weight).all()
+@pytest.mark.parametrize("way", ["unfrozen", "added"])
+@PRESETS
+def test_a_layer_that_joins_later_is_treated_as_everywhere(preset: str, way: str) -> None:
+    found = []
+    for place in ("everywhere", "owner"):
+        model = network()
+        first = list(model[0].parameters())
+        for p in first:
+            p.requires_grad_(False)
+        optimizer = build(
+            model,
+            preset,
+            params=list(model[2].parameters()) if way == "added" else list(model.parameters()),
+            inverses=place,
+            inverse_interval=5,
+            damping="fixed",
+            radius=1.0,
+            damping_kind="exact",
+        )
+        train(model, optimizer, range(2))
+        for p in first:
+            p.requires_grad_(True)
+        if way == "added":
+            optimizer.add_param_group({"params": first})
+        before = model[0].weight.detach().clone()
+        train(model, optimizer, range(2, 6))
+        assert not torch.equal(before, model[0].weight)
+        found.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(p, q) for p, q in zip(*found, strict=True))
+
+
+def test_what_is_too_large_to_hold_is_looked_at_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = network(), network()
+    everywhere, owner = kfac(a, "everywhere", 2, "ekfac"), kfac(b, "owner", 2, "ekfac")
+    train(a, everywhere, range(1))
+    train(b, owner, range(1))
+    monkeypatch.setattr(moments, "HELD", 10)
+    train(a, everywhere, range(1, 5))
+    train(b, owner, range(1, 5))
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
 def test_wrong_places_are_refused() -> None:
     with pytest.raises(ValueError, match="inverses must be 'everywhere' or 'owner', got 'elsewhere'"):
         KFAC(network(), inverses="elsewhere")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="EKFAC measures in the bases"):
-        optimizers.EKFAC(network(), inverses="owner")
+    with pytest.raises(ValueError, match="inverses must be 'everywhere' or 'owner', got 'nowhere'"):
+        EKFAC(network(), inverses="nowhere")  # type: ignore[arg-type]
