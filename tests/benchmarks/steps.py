@@ -21,15 +21,27 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from optimizers import SOAA, AdamW
 from tests.benchmarks.handwritten import HandwrittenSOAA
 
 Step = Callable[[], Any]
+
+
+class Contender(NamedTuple):
+    """What is compared.
+
+    Args:
+        step: what is timed.
+        before: done before each step, outside of the time; ``None`` where there is nothing to do.
+    """
+
+    step: Step
+    before: Step | None = None
 
 
 def gpt_shapes(layers: int, width: int, vocabulary: int, context: int) -> list[tuple[int, ...]]:
@@ -65,6 +77,9 @@ MODELS: dict[str, list[tuple[int, ...]]] = {
 GROWTH = ("flat-1M", "flat-3M", "flat-10M", "flat-30M", "flat-100M")
 """Models that only the growth curve is measured on."""
 
+WARM_UP = 3
+"""Steps after the first that are not timed: some compilers meet a new kind of argument in the second or third."""
+
 
 def parameters(shapes: list[tuple[int, ...]], device: torch.device) -> list[nn.Parameter]:
     """Parameters with gradients, alike in every call."""
@@ -77,25 +92,38 @@ def parameters(shapes: list[tuple[int, ...]], device: torch.device) -> list[nn.P
     return made
 
 
+def keeping_gradients(params: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> Contender:
+    """An optimizer that drops, or writes to, the gradients of a step: they are put back before the next one."""
+    gradients = [cast(Tensor, p.grad).clone() for p in params]
+
+    def before() -> None:
+        for p, g in zip(params, gradients, strict=True):
+            p.grad = g.clone()
+
+    return Contender(optimizer.step, before)
+
+
 def contenders(
     shapes: list[tuple[int, ...]], device: torch.device, names: list[str]
-) -> Iterator[tuple[str, Step]]:
+) -> Iterator[tuple[str, Contender]]:
     """Steps of what is compared, each on parameters of its own."""
     loss = torch.tensor(1.0, device=device)
 
     def own() -> list[nn.Parameter]:
         return parameters(shapes, device)
 
-    def with_loss(optimizer: Any) -> Step:
-        return lambda: optimizer.step(loss=loss)
+    def with_loss(optimizer: Any) -> Contender:
+        return Contender(lambda: optimizer.step(loss=loss))
 
-    made: dict[str, Callable[[], Step]] = {
-        "torch AdamW fused": lambda: torch.optim.AdamW(own(), lr=1e-4, fused=True).step,
-        "torch AdamW foreach": lambda: torch.optim.AdamW(own(), lr=1e-4, foreach=True).step,
-        "torch AdamW compiled": lambda: torch.compile(
-            torch.optim.AdamW(
-                own(), lr=torch.tensor(1e-4, device=device), foreach=True, capturable=device.type != "cpu"
-            ).step
+    def adamw(**options: Any) -> Contender:
+        return Contender(torch.optim.AdamW(own(), lr=1e-4, **options).step)
+
+    made: dict[str, Callable[[], Contender]] = {
+        "torch AdamW fused": lambda: adamw(fused=True),
+        "torch AdamW foreach": lambda: adamw(foreach=True),
+        # A rate that is a number: foreach on a CPU takes no other. A schedule would compile it anew.
+        "torch AdamW compiled": lambda: Contender(
+            torch.compile(adamw(foreach=True, capturable=device.type != "cpu").step)
         ),
         "SOAA compiled": lambda: with_loss(SOAA(own(), lr=1e-4, total_steps=1000, compile=True)),
         "SOAA compiled, lagged scale": lambda: with_loss(
@@ -112,18 +140,27 @@ def contenders(
     if importlib.util.find_spec("heavyball") is not None:
         heavyball = importlib.import_module("heavyball")
 
-        made["heavyball AdamW"] = lambda: heavyball.ForeachAdamW(own(), lr=1e-4).step
+        def theirs() -> Contender:
+            params = own()
+            return keeping_gradients(params, heavyball.AdamW(params, lr=1e-4))
+
+        made["heavyball AdamW"] = theirs
     if importlib.util.find_spec("pytorch_optimizer") is not None:
         pytorch_optimizer = importlib.import_module("pytorch_optimizer")
 
-        made["pytorch-optimizer AdaBelief"] = lambda: pytorch_optimizer.AdaBelief(own(), lr=1e-4).step
+        made["pytorch-optimizer AdaBelief"] = lambda: Contender(
+            pytorch_optimizer.AdaBelief(own(), lr=1e-4).step
+        )
     for name, make in made.items():
         if not names or name in names:
             yield name, make()
 
 
-def seconds(step: Step, device: torch.device) -> float:
+def seconds(contender: Contender, device: torch.device) -> float:
     """Time of one step: the device's own where it has a clock."""
+    step, before = contender
+    if before is not None:
+        before()
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -147,16 +184,18 @@ def measure(model: str, device: torch.device, names: list[str], limit: float) ->
         names: of the contenders; all where empty. The first is what the others are divided by.
         limit: seconds for the repetitions of all.
     """
+    torch.compiler.reset()  # what was compiled for another model counts towards Dynamo's limit of recompilations
     steps, cold = {}, {}
-    for name, step in contenders(MODELS[model], device, names):
-        cold[name] = seconds(step, device)
-        step()
-        steps[name] = step
+    for name, contender in contenders(MODELS[model], device, names):
+        cold[name] = seconds(contender, device)
+        for _ in range(WARM_UP):
+            seconds(contender, device)
+        steps[name] = contender
     times: dict[str, list[float]] = {name: [] for name in steps}
     began = time.perf_counter()
     while time.perf_counter() - began < limit or len(next(iter(times.values()))) < 5:
-        for name, step in steps.items():
-            times[name].append(seconds(step, device))
+        for name, contender in steps.items():
+            times[name].append(seconds(contender, device))
     first = next(iter(times))
     size = sum(torch.Size(s).numel() for s in MODELS[model])
     rows = {}
@@ -182,7 +221,8 @@ def copy_time(size: int, device: torch.device) -> float:
     """Milliseconds of moving 28 bytes a parameter: what a fused AdamW reads and writes."""
     source = torch.empty(size * 14 // 4, device=device).normal_()
     target = torch.empty_like(source)
-    return statistics.median(seconds(lambda: target.copy_(source), device) for _ in range(5)) * 1e3
+    copy = Contender(lambda: target.copy_(source))
+    return statistics.median(seconds(copy, device) for _ in range(5)) * 1e3
 
 
 def growth(models: dict[str, Any], name: str) -> float:
