@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from optimizers.ablation.errors import AblationError
 
@@ -24,6 +24,7 @@ class Cell:
         options: what is given to the optimizer besides the learning rate, sorted by name.
         title: what tables call it, where it is not to be called by what it is made of.
         replay: label of another cell, whose recorded radius multiplies the learning rate of this one step by step.
+        source: file, line and key that it was read from, for errors; no part of what it is.
     """
 
     optimizer: str = ""
@@ -32,6 +33,7 @@ class Cell:
     options: tuple[tuple[str, OptionValue], ...] = ()
     title: str = ""
     replay: str = ""
+    source: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if bool(self.optimizer) == bool(self.curvature) or bool(self.curvature) != bool(self.trust_region):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -55,9 +55,16 @@ class _Source:
         try:
             return tomllib.loads(self.text)
         except tomllib.TOMLDecodeError as error:
-            raise AblationError(
-                f"{self.path}: not TOML: {error}"
-            ) from error  # the message names line and column
+            raise self._not_toml(str(error)) from error
+
+    def _not_toml(self, problem: str) -> AblationError:
+        found = re.fullmatch(r"(.*) \(at line (\d+), (column \d+)\)", problem)
+        if found is None:  # at the end of the document
+            return AblationError(f"{self.path}, line {len(self.text.splitlines())}: not TOML: {problem}")
+        what, line, column = found.groups()
+        key = re.match(r"\s*([\w\"'.-]+)\s*=", (self.text.splitlines() or [""])[int(line) - 1])
+        named = f"{key[1]}: " if key else ""
+        return AblationError(f"{self.path}, line {line}: {named}not TOML: {what} ({column})")
 
     def _yaml(self) -> dict[str, Any]:
         import yaml  # type: ignore[import-untyped]
@@ -172,7 +179,7 @@ def read_study(path: str | Path, overrides: Mapping[str, Any] | None = None) -> 
     """
     path, given = find(path), dict(overrides or {})
     try:
-        source = _Source(path, path.read_text(encoding="utf-8"))
+        source = _Source(path, path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise AblationError(f"cannot read configuration {path}: {error}") from error
     content = source.content()
@@ -214,13 +221,35 @@ def _ablation(source: _Source, values: dict[str, Any], overrides: dict[str, Any]
         raise AblationError(f"{source.path}, line {line}: {error}") from error
 
 
+def _check_names(source: _Source, key: str, names: Sequence[str], table: Table) -> None:
+    """Raise AblationError, with its line, for a name that does not exist."""
+    from optimizers.ablation import adapter, workload
+
+    try:
+        for name in names:
+            if key == "workload":
+                workload.get(name)
+            elif key == "optimizers":
+                adapter.check_names(Cell.parse(name))
+            elif name not in (known := adapter.available()[{"optimizer": "optimizers"}.get(key, key)]):
+                raise unknown_name(key.replace("_", " "), name, known)
+    except AblationError as error:
+        raise source.error(key, str(error), table) from error
+
+
 def _value(source: _Source, key: str, value: object, table: Table = TOP) -> object:
     if key in _SCALARS:
-        return _typed(source, key, value, _SCALARS[key], table)
+        scalar = _typed(source, key, value, _SCALARS[key], table)
+        if key == "workload":
+            _check_names(source, key, [scalar], table)
+        return scalar
     if key in _LISTS:
         if not isinstance(value, list):
             raise source.error(key, f"must be a list, got {value!r}", table)
-        return tuple(_typed(source, key, item, _LISTS[key], table) for item in value)
+        items = tuple(_typed(source, key, item, _LISTS[key], table) for item in value)
+        if _LISTS[key] is str:
+            _check_names(source, key, items, table)
+        return items
     if key == "seeds":
         if isinstance(value, list):
             return tuple(_typed(source, key, item, int, table) for item in value)
@@ -250,9 +279,13 @@ def _cell(source: _Source, table: Table, content: Mapping[str, Any]) -> Cell:
             raise source.error(key, f"must be a table such as {{gamma = 0.2}}, got {value!r}", table)
         if key != "options" and not isinstance(value, str):
             raise source.error(key, f"must be text in quotes, got {value!r}", table)
+        if key in ("optimizer", "curvature", "trust_region") and value:
+            _check_names(source, key, [value], table)
     try:
         names = {key: content.get(key, "") for key in _CELL_KEYS if key != "options"}
-        return Cell(**names, options=freeze(content.get("options", {})))
+        key = "options" if "options" in content else next(iter(content), "cells")
+        written = f"{source.path}, line {source.line(key, table)}: {key}"
+        return Cell(**names, options=freeze(content.get("options", {})), source=written)
     except AblationError as error:
         first = next(iter(content), "cells")
         raise source.error(first, str(error), table) from error

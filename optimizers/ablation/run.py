@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from optimizers.ablation import adapter, cost, environment, workload
+from optimizers.ablation.cell import Cell
 from optimizers.ablation.config import RunConfig
 from optimizers.ablation.errors import AblationError
 from optimizers.ablation.schedule import factor
@@ -33,7 +34,8 @@ def check(config: RunConfig) -> None:
         config: the run; its model and optimizer are built once and thrown away.
     """
     problem = workload.get(config.workload)
-    adapter.check_names(config.cell)
+    with _blamed(config.cell):
+        adapter.check_names(config.cell)
     problem.prepare()
     try:
         torch.empty(1, device=config.device)
@@ -41,9 +43,19 @@ def check(config: RunConfig) -> None:
         raise AblationError(
             f"device {config.device!r} cannot be used: {str(error).splitlines()[0]}"
         ) from error
-    with torch.random.fork_rng(devices=[]):
-        model = problem.model()
-        adapter.build(config.cell, model, config.learning_rate, config.steps)
+    with torch.random.fork_rng(devices=[]), _blamed(config.cell):
+        adapter.build(config.cell, problem.model(), config.learning_rate, config.steps)
+
+
+@contextlib.contextmanager
+def _blamed(cell: Cell) -> Iterator[None]:
+    """Say where in a file a cell stands that cannot be built."""
+    try:
+        yield
+    except AblationError as error:
+        if not cell.source:
+            raise
+        raise AblationError(f"{cell.source}: {error}") from error
 
 
 def sets_its_own_step(config: RunConfig) -> bool:

@@ -98,7 +98,14 @@ class Store:
             raise AblationError(
                 f"{problem} in {self.folder} with the key {key!r}: keys are the names of the files in {self.runs}"
             )
-        return read_json(matches[0])
+        remedy = "remove this file, and soaa ablate makes the run again"
+        try:
+            record = read_json(matches[0])
+        except AblationError as error:
+            raise AblationError(f"{error}: {remedy}") from error
+        if "result" not in record:
+            raise AblationError(f"{matches[0]} holds no result, so it is no run: {remedy}")
+        return record
 
     def keys(self) -> list[str]:
         """Return the keys of every finished run, sorted."""

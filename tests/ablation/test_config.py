@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from optimizers.ablation import Ablation, AblationError, Cell, RunConfig, adapter, read_config, read_study
+from optimizers.ablation.protocol import samples
+from optimizers.ablation.run import check
 
 GOOD = """
 workload = "digits"
@@ -51,7 +53,11 @@ def test_file_is_read_and_overridden(tmp_path: Path) -> None:
         ("options = {momentum = 0.0}", "options = {momentum = {}}", 9, ["option must be"]),
         ("options = {momentum = 0.0}", "options = 3", 11, ["options", "table"]),
         ("seeds = [3, 5]", "seeds = [3, 3]", 5, ["seeds", "different"]),
-        ("seeds = [3, 5]", "seeds = [3, 5", 6, ["not TOML"]),
+        ("seeds = [3, 5]", "seeds = [3, 5", 6, ["steps", "not TOML"]),
+        ("seeds = [3, 5]", "seeds = ", 5, ["seeds", "not TOML", "column"]),
+        ('workload = "digits"', 'workload = "digit"', 2, ["workload", "'digits'"]),
+        ("seeds = [3, 5]", 'curvature = ["kfca"]', 5, ["curvature", "'kfac'"]),
+        ('["torch-sgd"', '["torch-sdg"', 3, ["optimizers", "'torch-sgd'"]),
     ],
 )
 def test_bad_configuration_names_line_and_key(
@@ -63,6 +69,34 @@ def test_bad_configuration_names_line_and_key(
     message = str(caught.value)
     assert f"line {number}" in message
     assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "line", "words"),
+    [
+        (
+            'optimizer = "torch-sgd"\noptions = {momentum = 0.0}',
+            'optimizer = "torch-sdg"',
+            10,
+            "optimizer.*'torch-sgd'",
+        ),
+        ("momentum", "momentun", 11, "options.*'momentum'"),
+    ],
+)
+def test_cell_of_a_file_that_cannot_be_built_names_its_line(
+    tmp_path: Path, good: str, bad: str, line: int, words: str
+) -> None:
+    def read_and_check() -> None:
+        check(samples(read_config(_write(tmp_path, GOOD.replace(good, bad))))[-1])
+
+    with pytest.raises(AblationError, match=rf"line {line}: .*{words}"):
+        read_and_check()
+
+
+def test_file_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text("steps = 4\n", encoding="utf-8-sig")  # as editors on Windows write it
+    assert read_config(path).steps == 4
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from optimizers.ablation.store import Store, write_bytes, write_json
 
 def test_what_is_saved_is_loaded_by_the_start_of_its_key(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    store.save("abc1", {"loss": [0.5, math.nan, math.inf]})
-    assert store.load("abc") == {"loss": [0.5, None, None]}
+    store.save("abc1", {"result": [0.5, math.nan, math.inf]})
+    assert store.load("abc") == {"result": [0.5, None, None]}
     store.save("abc2", {})
     with pytest.raises(AblationError, match="2 finished runs"):
         store.load("abc")
@@ -78,8 +78,9 @@ def test_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         Store(tmp_path / "file" / "out")
 
 
-def test_damaged_run_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ['{"config": ', '{"config": {}}'])
+def test_damaged_run_is_named_with_what_to_do(tmp_path: Path, content: str) -> None:
     store = Store(tmp_path)
-    store.path("abc").write_text('{"config": ')
-    with pytest.raises(AblationError, match=r"abc\.json"):
+    store.path("abc").write_text(content)
+    with pytest.raises(AblationError, match=r"abc\.json.*remove this file"):
         store.load("abc")
