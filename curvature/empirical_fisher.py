@@ -23,6 +23,7 @@ from curvature.per_sample import PerSample, first_sample_alone, recorder_for, re
 from curvature.protocols import CurvatureOperator, Estimator, Needs, Observation, State, Statistics
 from curvature.registry import estimators
 from curvature.running_mean import bias_corrected, check_beta
+from curvature.sample_mixing import FirstInputs, refuse_per_sample, samples_mixed
 
 if TYPE_CHECKING:
     from curvature.problem import Evaluation, Problem
@@ -46,6 +47,10 @@ class EmpiricalFisherDiagonal(Estimator):
             ``samples="per_sample"`` reads c_n from the loss's curvature: the sum of the weights of the sample's units
             (half of it for ``"gaussian"``, where a sample's own loss is the mean squared error).
 
+    Raises:
+        ValueError: per sample, on the first measurement, where the model mixes the samples of a batch (tried once, on
+            eight of them), or the samples' weights cannot be known.
+
     >>> estimator = EmpiricalFisherDiagonal(beta=0.9)
     >>> state = estimator.init([torch.zeros(2)])
     >>> estimator.update(state, Observation(gradient=[torch.tensor([1.0, -2.0])]))
@@ -63,6 +68,7 @@ class EmpiricalFisherDiagonal(Estimator):
     model: nn.Module | None = field(default=None, repr=False, compare=False)
     likelihood: Likelihood | None = None
     recorder: Recorder | None = field(default=None, init=False, repr=False, compare=False)
+    first: FirstInputs | None = field(default=None, init=False, repr=False, compare=False)
 
     semidefinite = True
 
@@ -74,6 +80,7 @@ class EmpiricalFisherDiagonal(Estimator):
             check_likelihood(self.likelihood)
         if self.model is not None and self.samples == "per_sample":
             object.__setattr__(self, "recorder", recorder_for(self.model))
+            object.__setattr__(self, "first", FirstInputs(self.model))
 
     @property
     def needs(self) -> Needs:
@@ -107,6 +114,7 @@ class EmpiricalFisherDiagonal(Estimator):
                 )
         model, likelihood = cast(nn.Module, self.model), cast(Likelihood, self.likelihood)
         refuse_coupled(model)
+        refuse_per_sample(cast(FirstInputs, self.first).verdict(), model)
         found = output_likelihood(graph, likelihood, verify=False)
         c = found.weights.flatten(1).sum(1) * (0.5 if likelihood == "gaussian" else 1.0)
         count = found.z.shape[0]
@@ -125,6 +133,7 @@ class EmpiricalFisherDiagonal(Estimator):
         for seen in problem.evaluations():
             if total is None:
                 refuse_other_paths(seen.graph, "the per-sample empirical Fisher")
+                refuse_per_sample(samples_mixed(problem.model, [seen.inputs]), problem.model)
             count = samples_of(seen)
             c = loss_weights.sample_weights(
                 problem.loss_fn, seen.outputs, seen.target, problem.weight_fn, count

@@ -62,13 +62,16 @@ def batch_shares(problem: Problem, weight_fn: Callable[[Any], Any] | None) -> Se
 
     Raises:
         ValueError: where the loss does not tell its weight and ``weight_fn`` was not given, or contradicts
-            it.
+            it, or where the loss of two batches as one is not the mean of theirs.
     """
     known = [known_reduction(problem.loss_fn, target) for _, target in problem.batches]
     if weight_fn is not None:
         weights = [given_weight(weight_fn, target) for _, target in problem.batches]
         check_given(weights, known)
-        return normalised(weights)
+        shares = normalised(weights)
+        if known[0] is None:
+            measured_weights.check_shares(problem, shares)
+        return shares
     if len(problem.batches) == 1:
         if known[0] is not None and known[0].kind == "mean" and known[0].total() == 0:
             raise ValueError("the total weight of the batch is 0: every target in it is masked")
@@ -143,6 +146,7 @@ def sample_weights(
         size = measured_weights.batch_size(target)
         weights = [given_weight(weight_fn, measured_weights.rows(target, n, size)) for n in range(size)]
         c = torch.tensor(normalised(weights), dtype=torch.float64)
+        measured_weights.check_samples(loss_fn, outputs, target, c)
     else:
         c = measured_weights.per_sample(loss_fn, outputs, target)
     if count is None or count == c.numel():

@@ -195,6 +195,69 @@ def shares(problem: Problem) -> list[float]:
     return [w / total for w in relative]
 
 
+def check_shares(problem: Problem, shares: Sequence[float]) -> None:
+    """Refuse given shares by which the loss of two batches as one is not the mean of their losses.
+
+    Where such a batch cannot be formed (other lengths, a loss that the model computed itself) the shares are believed.
+
+    Args:
+        problem: the first two batches of positive weight are evaluated.
+        shares: ω_b.
+    """
+    pair = [b for w, b in zip(shares, problem.batches, strict=True) if w > 0][:2]
+    mine = [w for w in shares if w > 0][:2]
+    if len(pair) < 2:
+        return
+    try:
+        with torch.no_grad():
+            outputs = [leaf_copy(problem.model(inputs)) for inputs, _ in pair]
+        targets = [target for _, target in pair]
+        whole = leaf_copy(joined(*outputs))
+        value, gradients = value_and_gradient(problem.loss_fn, whole, joined(*targets))
+        alone = [value_and_gradient(problem.loss_fn, z, y)[0] for z, y in zip(outputs, targets, strict=True)]
+    except (RuntimeError, ValueError, TypeError):
+        return
+    sizes = [x.shape[:1] for x in leaves(outputs[0]) if x.requires_grad]
+    unjoined = [
+        bool((g != 0).any())
+        for g, x, size in zip(gradients, (x for x in leaves(whole) if x.requires_grad), sizes, strict=True)
+        if x.shape[:1] == size
+    ]
+    expected = (mine[0] * alone[0] + mine[1] * alone[1]) / sum(mine)
+    near = 10 * tolerance_of(whole) * (abs(float(alone[0])) + abs(float(alone[1])))
+    if any(unjoined) or not math.isfinite(float(expected)) or abs(float(value - expected)) <= near:
+        return
+    raise ValueError(
+        f"the loss of two batches as one is {float(value):.6g}, but weight_fn makes it {float(expected):.6g}: the loss "
+        "couples samples (a contrastive loss), or divides by another weight; pass one batch, or that weight"
+    )
+
+
+def check_samples(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, target: Any, c: Tensor) -> None:
+    """Refuse given weights of samples by which a sample's part of the batch's gradient is not c_n times its own.
+
+    Where a sample has no loss alone, the weights are believed.
+    """
+    try:
+        z = leaf_copy(outputs)
+        gradients = value_and_gradient(loss_fn, z, target)[1]
+        owns = every_sample_at_once(loss_fn, z, target, len(c)) or sample_by_sample(
+            loss_fn, z, target, len(c)
+        )
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return
+    for whole, own in zip(gradients, owns[1], strict=True):
+        if whole.shape != own.shape or len(own) != len(c):
+            return
+        expected = own * c.to(own).reshape(-1, *[1] * (own.dim() - 1))
+        wrong = (whole - expected).abs() > 10 * tolerance_of(z) * whole.abs().max()
+        if bool((wrong & torch.isfinite(expected)).any()):
+            raise ValueError(
+                "weight_fn gives samples weights by which their losses do not make up the loss of the batch: the loss "
+                "couples samples (a contrastive loss), or divides by another weight"
+            )
+
+
 def classify(
     r_a: float, r_b: float, whole: Tensor, a: Tensor, b: Tensor, tolerance: float
 ) -> tuple[str, float]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from curvature import loss_weights, measured_weights
 from curvature.loss_graph import LossGraph
+from curvature.sample_mixing import refuse_split
 from curvature.side_effects import coupled_by_batch_norm
 
 
@@ -42,7 +43,8 @@ class Problem:
 
     Raises:
         ValueError: for no batches, an empty batch, a frozen model, complex parameters, shares that cannot be
-            known, or several batches through a batch norm in training mode, which no split of a batch equals.
+            known, or several batches through a model that mixes their samples (a batch norm in training mode, say),
+            which no split of a batch equals.
     """
 
     def __init__(
@@ -64,6 +66,8 @@ class Problem:
                 f"batch norm {name!r} is in training mode, where several batches do not equal the "
                 "one concatenated batch: call model.eval(), or pass one batch"
             )
+        if len(self.batches) > 1:
+            refuse_split(model, [inputs for inputs, _ in self.batches[:2]])
         self.params = trainable_parameters(model)
         self.weight_fn = weight_fn
         self.shares: Sequence[float | Tensor] = loss_weights.batch_shares(self, weight_fn)

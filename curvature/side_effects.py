@@ -34,7 +34,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
             module._buffers.update(before)
         with torch.no_grad():
             for buffer, value in buffers:
-                buffer.copy_(value)
+                if not torch.equal(buffer, value):  # a living graph may have saved one that nothing has written to
+                    buffer.copy_(value)
         for module, mode in modes:
             module.training = mode
 
@@ -45,6 +46,31 @@ def same_random_numbers(model: nn.Module) -> Iterator[None]:
     devices = {t.device for t in [*model.parameters(), *model.buffers()] if t.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(d.index or 0 for d in devices)):
         yield
+
+
+@contextlib.contextmanager
+def own_buffers(model: nn.Module) -> Iterator[None]:
+    """Run the body with copies in the place of the model's buffers, then put these and the training flags back.
+
+    The buffers themselves are not written to: a living graph may have saved them.
+
+    >>> norm = nn.BatchNorm1d(2)
+    >>> with own_buffers(norm):
+    ...     _ = norm(torch.ones(3, 2))
+    >>> norm.running_mean, int(norm.num_batches_tracked)
+    (tensor([0., 0.]), 0)
+    """
+    held = [(m, dict(m._buffers), m.training) for m in model.modules()]
+    copies = {id(b): b.detach().clone() for b in model.buffers()}
+    try:
+        for module, before, _ in held:
+            module._buffers.update({k: b if b is None else copies[id(b)] for k, b in before.items()})
+        yield
+    finally:
+        for module, before, mode in held:
+            module._buffers.clear()
+            module._buffers.update(before)
+            module.training = mode
 
 
 def coupled_by_batch_norm(model: nn.Module) -> str | None:

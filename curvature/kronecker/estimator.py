@@ -37,6 +37,7 @@ from curvature.loss_weights import sample_weights
 from curvature.problem import Evaluation, Problem
 from curvature.protocols import TRANSIENT, Estimator, Needs, Observation, State, Statistics
 from curvature.running_mean import check_beta
+from curvature.sample_mixing import FirstInputs, refuse_per_sample
 from curvature.side_effects import coupled_by_batch_norm
 
 
@@ -50,6 +51,7 @@ class _Live:
     said: set[str] = field(default_factory=set)
     proven_rows: dict[tuple[object, ...], int | None] = field(default_factory=dict)
     spare: Spare = field(default_factory=Spare)
+    first: FirstInputs | None = None
 
 
 @dataclass
@@ -128,6 +130,8 @@ class KroneckerEstimator(Estimator):
         """Zero factors, and hooks in the model."""
         layout = self._layout(params)
         self._record_always()
+        if self.fisher == "empirical" and self._live.first is None:
+            self._live.first = FirstInputs(self.model)
         state: State = {"step": 0, "draws": 0, "count": [vectors.scalar_like([p]) for p in params]}
         keys = (*self._keys(), *learning.TRANSPOSED_KEYS)
         sizes: dict[str, dict[int, tuple[int, ...]]] = {key: {} for key in keys}
@@ -237,6 +241,8 @@ class KroneckerEstimator(Estimator):
             recorder.enabled = True
             return {}
         refuse_coupled_samples(self.model)
+        if self._live.first is not None:
+            refuse_per_sample(self._live.first.verdict(), self.model)
         modules = dict(self.model.named_modules())
         used = measurement.block_calls(layout, trace, modules, params)
         found = self._output_curvature(graph)

@@ -23,6 +23,7 @@ from curvature.measured_weights import batch_size
 from curvature.problem import Problem
 from curvature.protocols import HessianProduct, Observation, State
 from curvature.registry import estimators
+from curvature.sample_mixing import refuse_batch_statistics, refuse_per_sample, samples_mixed
 from curvature.side_effects import coupled_by_batch_norm
 
 
@@ -40,7 +41,9 @@ class EmpiricalFisher(OutputSpaceEstimator):
         jvp: how J v is computed, see :class:`GaussNewton`.
 
     Raises:
-        ValueError: where the samples' weights cannot be known, or batch norm in training mode couples samples.
+        ValueError: where the samples' weights cannot be known, or the model mixes samples, which is tried once on
+            eight of them. An optimizer shows neither model nor inputs: there only a batch norm in training mode is
+            noticed, and under any other mixing g_n is the gradient of row n's loss as that batch has it.
 
     >>> import torch
     >>> from curvature import estimate
@@ -72,6 +75,7 @@ class EmpiricalFisher(OutputSpaceEstimator):
             )
         snapshot = super().snapshot(problem)
         refuse_other_paths(snapshot)
+        refuse_per_sample(samples_mixed(problem.model, [problem.batches[0][0]]), problem.model)
         return snapshot
 
     def memories(self, snapshot: Snapshot) -> list[Memory]:
@@ -104,6 +108,7 @@ class EmpiricalFisher(OutputSpaceEstimator):
         r = graph.output_gradient().detach()
         if "reciprocal" not in memory:
             assert self.likelihood is not None  # loop_product has asked for it
+            refuse_batch_statistics(graph.output)
             found = output_likelihood(graph, self.likelihood)
             c = found.weights.flatten(1).sum(1) * (0.5 if self.likelihood == "gaussian" else 1.0)
             memory["reciprocal"] = reciprocal(c)

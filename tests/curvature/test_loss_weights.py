@@ -277,6 +277,30 @@ def test_weight_fn_that_contradicts_a_known_loss_is_refused() -> None:
         Problem(linear(3), nn.CrossEntropyLoss(reduction="sum"), batches, len)
 
 
+def contrastive(z: Tensor, y: Tensor) -> Tensor:
+    """Each row against all rows of the batch, by the cosine of their angle."""
+    unit = z / z.norm(dim=1, keepdim=True)
+    return F.cross_entropy(unit @ unit.detach().T.roll(1, 0), y % len(y))
+
+
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        contrastive,
+        lambda z, y: F.cross_entropy(z - z.mean(0), y),
+        hide(functools.partial(F.cross_entropy, reduction="sum")),
+        hide(functools.partial(F.cross_entropy, weight=WEIGHT)),
+    ],
+    ids=["contrastive", "centred", "sum", "class weights"],
+)
+def test_weight_fn_that_the_loss_contradicts_is_refused(loss_fn: Any) -> None:
+    model, x, y = linear(3), inputs(8), torch.tensor([0, 0, 2, 0, 1, 1, 1, 2])
+    with pytest.raises(ValueError, match="couples samples"):
+        Problem(model, loss_fn, [(x[:4], y[:4]), (x[4:], y[4:])], len)
+    with pytest.raises(ValueError, match="couples samples"):
+        loss_weights.sample_weights(loss_fn, model(x), y, len)
+
+
 def test_outputs_and_target_that_broadcast_are_refused() -> None:
     x = inputs(6)
     with pytest.raises(ValueError, match="broadcast"):
