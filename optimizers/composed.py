@@ -20,7 +20,7 @@ from optimizers.distributed import ALONE, Ranks, check_shardable, find_ranks
 from optimizers.momentum import Momentum, RunningMean
 from optimizers.pending import Pending
 from optimizers.rounding import check_state_dtype, narrowed
-from optimizers.sharding import local, stored
+from optimizers.sharding import shards_of, stored
 from optimizers.step_info import StepInfo
 from optimizers.step_paths import Compile, Held, StepPaths, check_compile
 from trust_region import TrustRegion
@@ -35,7 +35,12 @@ NARROWING = ("state_dtype", "rounding_seed")
 def _options(kind: type[Composed]) -> list[str]:
     """What the class takes by keyword; a preset has chosen curvature, region and momentum, and passes on the rest."""
     named = {p.name for p in inspect.signature(kind).parameters.values() if p.kind is not p.VAR_KEYWORD}
-    passed = inspect.signature(Composed).parameters.keys() - {"curvature", "trust_region", "momentum", "flags"}
+    passed = inspect.signature(Composed).parameters.keys() - {
+        "curvature",
+        "trust_region",
+        "momentum",
+        "flags",
+    }
     return sorted(named | passed | FLAGS.keys())
 
 
@@ -122,15 +127,16 @@ class Composed(torch.optim.Optimizer):
     @property
     def _shards(self) -> list[Tensor]:
         """What this process holds of every parameter: the parameter itself, unless it is sharded."""
-        return [local(p) for p in self._params]
+        return shards_of(self._params)
 
     def _per_parameter(self, name: str) -> list[Any]:
         return [group[name] for group in self.param_groups for _ in group["params"]]
 
     def _held(self) -> Held:
+        params = self._params
         return Held(
-            self._params,
-            self._shards,
+            params,
+            shards_of(params),
             self.param_groups,
             self.state,
             self._curvature_state,

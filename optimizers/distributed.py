@@ -27,7 +27,7 @@ from curvature.matrix_free.operator import MatrixFreeOperator
 from curvature.protocols import CurvatureEstimator, CurvatureOperator, Needs, Statistics
 from curvature.shared_work import divided_among
 from optimizers.checks import signal_names
-from optimizers.sharding import is_distributed, local, stored_like
+from optimizers.sharding import local, spread_of, stored_like
 from trust_region import SteihaugCG
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def find_ranks(params: Sequence[Tensor], process_group: ProcessGroup | Literal["
     Raises:
         ValueError: for parameters that are sharded in more than one way.
     """
-    spread = [p for p in params if is_distributed(p)]
+    spread = spread_of(params)
     if spread:
         return _mesh_ranks(spread, len(params))
     if process_group is None or not (distributed.is_available() and distributed.is_initialized()):

@@ -86,8 +86,9 @@ class SecondOrder(Observing):
         Raises:
             RuntimeError: where a signal that the composition needs is missing; the message names the remedy.
         """
-        params = self._shards
-        check_unmoved(self._params, self._built_for)
+        held = self._held()
+        params = held.shards
+        check_unmoved(held.params, self._built_for)
         scale = GradScale.of(self)
         scale.check(self.needs, self._pending, closure, loss)
         returned = None
@@ -108,7 +109,7 @@ class SecondOrder(Observing):
         if closure is not None and self._pending.backwards > 1:
             value = None  # a trainer's closure ends an accumulation: it returns the last part, backward saw them all
         try:
-            self._step(closure, self._pending.loss if value is None else value, before, scale)
+            self._step(held, closure, self._pending.loss if value is None else value, before, scale)
         finally:
             self._pending.discard()
             self._curvature_state.pop(TRANSIENT, None)
@@ -117,16 +118,20 @@ class SecondOrder(Observing):
 
     def _step(
         self,
+        held: Held,
         closure: Callable[[], Any] | None,
         loss: Tensor | None,
         before: trial.RandomState,
         scale: GradScale,
     ) -> None:
-        params = self._shards
-        ranks = find_ranks(self._params, self.process_group)
-        info = self._paths.compiled(self._held(), loss, scale, ranks, self._check_signals)
+        params = held.shards
+        ranks = find_ranks(held.params, self.process_group)
+        info = self._paths.compiled(held, loss, scale, ranks, self._check_signals)
         if info is not None:
-            self.step_info = info
+            if isinstance(info, StepInfo):
+                self.step_info = info
+            else:
+                self._recorded = info
             return
         self._paths.settle()
         self._paths.forget()  # built anew, for counts that no longer agree
@@ -144,7 +149,6 @@ class SecondOrder(Observing):
             self._skip(loss)
             return
         ranks.mean_statistics_(self._pending.statistics)
-        held = self._held()
         wide = widened(held)
         key = None if wide is held else key_of(self.rounding_seed, held.steps[0])
         with ranks.whole():

@@ -8,6 +8,7 @@ so that ``torch.distributed.checkpoint`` can save on one number of ranks and loa
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any, cast
 
 from torch import Tensor
@@ -23,6 +24,21 @@ def local(x: Any) -> Any:
     """This process's shard of a distributed tensor, by reference; anything else is itself."""
     # to_local() would record in autograd; the shard itself is what in-place updates must write to.
     return x._local_tensor if is_distributed(x) else x
+
+
+def shards_of(params: Sequence[Any]) -> list[Any]:
+    """The same of each; asked at every step, so that the question is asked once for all."""
+    package = sys.modules.get("torch.distributed.tensor")
+    if package is None:
+        return list(params)
+    kind = package.DTensor
+    return [p._local_tensor if isinstance(p, kind) else p for p in params]
+
+
+def spread_of(params: Sequence[Any]) -> list[Any]:
+    """Those that are distributed."""
+    package = sys.modules.get("torch.distributed.tensor")
+    return [] if package is None else [p for p in params if isinstance(p, package.DTensor)]
 
 
 def stored(p: Tensor, x: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from optimizers import blocked, diagonal_step, elementwise, rotated_step
 from optimizers.compiled import graph
 from optimizers.compiled.elementwise_path import ElementwisePath, has_passes
 from optimizers.compiled.graph_path import GraphPath
+from optimizers.compiled.host_path import HostRecord
 from optimizers.compiled.kernels import compiler_failures
 from optimizers.compiled.tensors import Options, Tensors
 from optimizers.core import Composition
@@ -138,8 +139,10 @@ class StepPaths:
         scale: GradScale,
         ranks: Ranks,
         check: Callable[[Tensor | None], None],
-    ) -> StepInfo | None:
-        """The record of a compiled step, or ``None``, with nothing changed, where this step is not of its kind.
+    ) -> StepInfo | HostRecord | None:
+        """The record of a compiled step, or what forms it when it is asked for.
+
+        ``None``, with nothing changed, where this step is not of its kind.
 
         Args:
             held: what is worked on; every ``.grad`` as it is.
@@ -174,7 +177,7 @@ class StepPaths:
         loss: Tensor | None,
         scale: GradScale,
         ranks: Ranks,
-    ) -> StepInfo:
+    ) -> StepInfo | HostRecord:
         if isinstance(path, GraphPath):
             return path.step_(held, gradient, loss, scale, ranks)
         groups = held.groups

@@ -5,6 +5,7 @@ Legend: see ``optimizers.elementwise``; ℓ the loss, P the predicted reduction.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from curvature.protocols import State
 from optimizers import step_info
+from optimizers.compiled.host_path import HostRecord, HostSteps
 from optimizers.compiled.kernels import Kind
 from optimizers.compiled.native import NativePasses, serves
 from optimizers.compiled.tensors import Options, Settled, Tensors, suits
@@ -70,6 +72,7 @@ class ElementwisePath:
         self.trust_region = trust_region
         self.tensors, self.kind = tensors, kind
         self.passes: TwoPass | NativePasses = passes_for(formula, trust_region, kind, seed)
+        self.on_host = HostSteps(trust_region)
         self._open: Open | None = None
 
     def takes(self, gradient: Sequence[Tensor | None]) -> bool:
@@ -85,8 +88,16 @@ class ElementwisePath:
         ranks: Ranks,
         region_state: State,
         skipped_steps: Tensor,
-    ) -> StepInfo:
+    ) -> StepInfo | HostRecord:
         """One step; a gradient that is not finite (on any rank) changes nothing but ``skipped_steps``."""
+        passes = self.passes
+        if (
+            isinstance(passes, NativePasses)
+            and self.on_host.rule is not None
+            and not ranks.groups
+            and not scale.active
+        ):
+            return self._step_on_host(passes, gradient, options, loss, region_state, skipped_steps)
         agreed = loss
 
         def decide(finite: Tensor) -> Tensor:
@@ -104,11 +115,34 @@ class ElementwisePath:
         skipped_steps.add_(~finite)
         verdict = self._reviewed(region_state, agreed, finite)
         info = self._record(agreed, verdict, finite, region_state, skipped_steps)
-        records = finite if agreed is None else finite & torch.isfinite(agreed)
+        # without a loss P stays too: it belongs to the last loss that was seen
+        records = torch.zeros_like(finite) if agreed is None else finite & torch.isfinite(agreed)
         self._open = Open(region_state, records, info)
         if self.passes.at_once:
             self.settle()
         return info
+
+    def _step_on_host(
+        self,
+        passes: NativePasses,
+        gradient: Sequence[Tensor],
+        options: Options,
+        loss: Tensor | None,
+        region_state: State,
+        skipped_steps: Tensor,
+    ) -> HostRecord:
+        """The same where nobody else has a word: one process, no scaler, a policy whose rule is known in numbers."""
+        state = self.on_host.numbers(region_state, skipped_steps)
+        lagged = state.get("fisher_scale")
+        finite, found = passes.step_on_host_(
+            self.tensors, gradient, self.kind, options, state["radius"], lagged
+        )
+        if finite and lagged is not None:
+            state["fisher_scale"] = 1.0 if math.isnan(found[3]) else found[3]
+        dtype = self.tensors.steps[0].dtype
+        return self.on_host.review(
+            state, loss, finite, (found[0], found[1], found[2]), self.tensors.size, dtype
+        )
 
     def settle(self) -> None:
         """Complete the last step's record, and the prediction that the policy will divide by."""

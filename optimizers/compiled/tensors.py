@@ -63,14 +63,13 @@ class Tensors:
 
 def suits(gradient: Sequence[Tensor | None], kind: Kind) -> bool:
     """Whether every tensor has a gradient of that kind."""
-    return all(
-        g is not None
-        and g.layout is torch.strided
-        and g.dtype == kind.gradient
-        and g.device == kind.device
-        and g.is_contiguous()
-        for g in gradient
-    )
+    dtype, device = kind.gradient, kind.device
+    for g in gradient:  # asked of every tensor at every step
+        if g is None or g.dtype is not dtype or g.layout is not torch.strided:
+            return False
+        if g.device != device or not g.is_contiguous():
+            return False
+    return True
 
 
 @dataclass(frozen=True)

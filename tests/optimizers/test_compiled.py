@@ -212,7 +212,9 @@ def test_a_missing_gradient_goes_the_general_way_and_back() -> None:
 
 
 @pytest.mark.usefixtures("passes")
-def test_a_loss_that_is_not_finite_leaves_radius_and_prediction() -> None:
+@pytest.mark.parametrize("missing", [torch.tensor(float("nan")), None])
+@pytest.mark.filterwarnings("ignore:SOAARadius adapts by the loss")
+def test_a_loss_that_is_missing_or_not_finite_leaves_radius_and_prediction(missing: Tensor | None) -> None:
     models = [network(), network()]
     optimizers = [MAKES["SOAA"](m, c) for m, c in zip(models, (False, True), strict=True)]
     for m, o in zip(models, optimizers, strict=True):
@@ -220,7 +222,7 @@ def test_a_loss_that_is_not_finite_leaves_radius_and_prediction() -> None:
             o.zero_grad()
             loss = m(torch.full((2, 40), 0.1 * t, dtype=torch.float64)).square().sum()
             loss.backward()
-            o.step(loss=torch.tensor(float("nan")) if t in (3, 5) else loss.detach())
+            o.step(loss=missing if t in (3, 5) else loss.detach())
     torch.testing.assert_close(vector(models[1]), vector(models[0]), rtol=1e-11, atol=1e-13)
     assert state_differs(*optimizers) < 1e-11
 
