@@ -48,6 +48,11 @@ class Outcome:
         """The table, one dictionary a cell."""
         return results.table(self.best, workload.get(self.ablation.workload))
 
+    def __repr__(self) -> str:
+        state = "" if self.complete else ", not finished"
+        head = f"{len(self.best)} cells on {self.ablation.workload}, results in {self.folder}{state}:"
+        return f"{head}\n{self._repr_markdown_()}"
+
     def _repr_markdown_(self) -> str:
         return results.markdown(self.table())
 

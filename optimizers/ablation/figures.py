@@ -69,8 +69,12 @@ def _name(title: str) -> str:
     return re.sub(r"\W+", "-", title.lower()).strip("-")
 
 
-def _axes(x: str, y: str, height: float = 3.6) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(5.6, height), layout="constrained")
+# inches: so narrow that text can still be read where a phone draws the figure 300 pixels wide
+WIDTH = 4.4
+
+
+def _axes(x: str, y: str, height: float = 2.9) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots()
     axes.set_xlabel(x, color=INK)
     axes.set_ylabel(y, color=INK)
@@ -153,7 +157,7 @@ def _limits(values: Sequence[float], start: float) -> tuple[float, float]:
 
 def trace(rows: Sequence[Row], look: Mapping[str, Style], name: str, label: str) -> Figure | None:
     """Draw what the optimizer recorded at its steps; None where no cell recorded it."""
-    figure, axes = _axes("training step", textwrap.fill(label, 40))
+    figure, axes = _axes("training step", textwrap.fill(label, 28))
     values: list[float] = []
     for row in rows:
         series, places = _traces(row.records, name)

@@ -7,7 +7,7 @@ import io
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from optimizers.ablation import baselines, workload
@@ -40,7 +40,7 @@ class Row:
 
     cell: Cell
     learning_rate: float | None
-    records: tuple[Record, ...]
+    records: tuple[Record, ...] = field(repr=False)  # hundreds of numbers each
 
     def values(self, name: str) -> list[float]:
         """Return a result of every run, by seed; infinite where a run has none (it failed or diverged)."""

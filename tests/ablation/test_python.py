@@ -33,7 +33,10 @@ def test_the_five_lines_of_the_reference_run_and_show_a_table(
     *lines, last = short.splitlines()
     names: dict[str, Any] = {}
     exec("\n".join(lines), names)
-    shown = eval(last, names)._repr_markdown_()
+    outcome = eval(last, names)
+    shown = outcome._repr_markdown_()
+    assert shown in repr(outcome)  # what a terminal shows, and a notebook keeps beside the other
+    assert len(repr(outcome)) < len(shown) + 200
     assert shown.startswith("| cell | lr |")
     assert "| soaa |" in shown
     assert "| torch-adamw |" in shown

@@ -77,9 +77,11 @@ document.getElementById("f").onload = event => {
   const wide = [...page.querySelectorAll("body *")].filter(e => e.getBoundingClientRect().right > WIDTH + 1
     && !e.closest(".scroll") && !e.closest("svg")).map(e => e.tagName + "." + e.className);
   const small = [...page.querySelectorAll("p, li, td, h2")].filter(e => parseFloat(getComputedStyle(e).fontSize) < 12);
+  const drawn = [...page.querySelectorAll("svg text")].filter(e => e.closest("svg").viewBox.baseVal.width).map(e =>
+    parseFloat(getComputedStyle(e).fontSize) * Math.hypot(e.getScreenCTM().a, e.getScreenCTM().b));
   document.title = "measured";
   document.body.innerHTML = "<pre>" + JSON.stringify({width: page.documentElement.scrollWidth, wide: wide.slice(0, 5),
-    small: small.length, page: style("body", "backgroundColor"), ink: style("body", "color"),
+    small: small.length, drawn: Math.min(...drawn), page: style("body", "backgroundColor"), ink: style("body", "color"),
     cell: style("td", "color")}) + "</pre>";
 }</script></body></html>"""
 
@@ -148,6 +150,7 @@ def test_page_fits_a_phone_and_is_readable_in_dark_and_light(
     assert seen["width"] <= 360, seen  # nothing but tables and figures in their own boxes scrolls sideways
     assert seen["wide"] == []
     assert seen["small"] == 0
+    assert seen["drawn"] > 8.5  # CSS pixels, of the smallest text in a figure
     assert (_luminance(seen["page"]) < 0.1) == dark
     assert _contrast(seen["page"], seen["ink"]) > 7  # WCAG AAA
     assert _contrast(seen["page"], seen["cell"]) > 4.5
