@@ -159,17 +159,22 @@ class Composed(torch.optim.Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
-        params, shards = self._params, self._shards
         try:
-            check_shardable(find_ranks(params, None), self.curvature, self.trust_region)
+            check_shardable(find_ranks(self._params, None), self.curvature, self.trust_region)
         except Exception:
             self.param_groups.pop()
             raise
+        self._create_state(kept)
+
+    def _create_state(self, kept: int) -> None:
+        """State of the parameters after the first ``kept``, whose state stays."""
+        params, shards = self._params, self._shards
         held = self._held()
-        for p, shard in zip(params[kept:], shards[kept:], strict=True):
+        betas = self._per_parameter("momentum")
+        for p, shard, beta in zip(params[kept:], shards[kept:], betas[kept:], strict=True):
             entries = self.state[p]
             entries["step"] = vectors.scalar_like([shard])
-            if self.param_groups[-1]["momentum"] != 0.0:
+            if beta != 0.0:
                 entries["momentum"] = stored(p, held.fresh(shard))
             if getattr(self.curvature, "tracks_steps", False):
                 entries["step_change"] = stored(p, vectors.zeros_like([shard])[0])
@@ -182,6 +187,15 @@ class Composed(torch.optim.Optimizer):
         self._region_state = state_layout.extend(self._region_state, region, kept)
         self._built_for = [(p.dtype, p.device) for p in params]
         self._scatter()
+
+    def _start_again_if_cleared(self) -> None:
+        """``optimizer.state.clear()`` resets a ``torch.optim`` optimizer, which creates its state as it steps."""
+        if self.state:
+            return
+        self._curvature_state, self._region_state = {}, {}
+        self._recorded = None
+        self._paths = StepPaths(self._composition(), self.compile)
+        self._create_state(0)
 
     @property
     def _divided(self) -> State:
@@ -250,6 +264,7 @@ class Composed(torch.optim.Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = before(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
+        self._start_again_if_cleared()
         groups, entries, gathered = checkpoint.checked(self, state_dict)
         self._settle()
         self.param_groups = groups

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from curvature.loss_graph import LossGraph, check_loss
 from curvature.protocols import TRANSIENT, Needs
+from optimizers.autocast import Autocast
 from optimizers.composed import Composed
 from optimizers.distributed import find_ranks
 from optimizers.shared_gradient import accumulate_, may_share
@@ -103,7 +104,7 @@ class Observing(Composed):
             return False
         gives_gradient = gives_gradient and may_share(loss, self._params)
         graph = LossGraph(loss, self._params, outputs, gives_gradient=gives_gradient)
-        with torch.enable_grad(), ranks.dividing():
+        with torch.enable_grad(), ranks.dividing(), Autocast.found(self._params[0].device).set_aside():
             statistics = self.curvature.measure(self._curvature_state, graph)  # type: ignore[attr-defined]
         self._pending.add_statistics(statistics)
         if getattr(self.curvature, "keeps_graph", False):

@@ -16,6 +16,7 @@ from torch import Tensor
 from curvature import vectors
 from curvature.protocols import TRANSIENT, Needs, Observation, State
 from optimizers import core, state_layout, step_info, trial
+from optimizers.autocast import Autocast
 from optimizers.checks import check_unmoved, signal_names
 from optimizers.distributed import Ranks, find_ranks
 from optimizers.observing import Observing
@@ -86,6 +87,7 @@ class SecondOrder(Observing):
         Raises:
             RuntimeError: where a signal that the composition needs is missing; the message names the remedy.
         """
+        self._start_again_if_cleared()
         held = self._held()
         params = held.shards
         check_unmoved(held.params, self._built_for)
@@ -108,8 +110,12 @@ class SecondOrder(Observing):
         value = trial.loss_tensor(loss, params)
         if closure is not None and self._pending.backwards > 1:
             value = None  # a trainer's closure ends an accumulation: it returns the last part, backward saw them all
+        cast = Autocast.found(params[0].device)
         try:
-            self._step(held, closure, self._pending.loss if value is None else value, before, scale)
+            with cast.set_aside():
+                self._step(
+                    held, cast.around(closure), self._pending.loss if value is None else value, before, scale
+                )
         finally:
             self._pending.discard()
             self._curvature_state.pop(TRANSIENT, None)

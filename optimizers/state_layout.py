@@ -100,6 +100,39 @@ def check_matches(expected: dict[str, Any], loaded: dict[str, Any], where: str) 
                 raise ValueError(f"state {name!r} of {where} must be {value.dtype}, got {other.dtype}")
         elif isinstance(other, bool) or not isinstance(other, (int, float)):
             raise ValueError(f"state {name!r} of {where} must be a number, got {type(other).__name__}")
+    for name in expected:
+        check_value(name, loaded[name], where)
+
+
+POSITIVE = ("radius", "damping", "sigma")
+"""Δ, λ and σ, by the last part of an entry's name."""
+
+NUMBERS = ("predicted", "running_loss")
+"""What a policy compares with the next loss, likewise."""
+
+COUNTERS = ("step", "steps", "count", "seen", "draws")
+"""What counts, likewise: ``graft_count``, ``losses_seen``."""
+
+
+def check_value(name: str, value: Tensor | float, where: str) -> None:
+    """Refuse what no run leaves behind: a NaN in a tensor, a radius or damping below zero, a counter that counts none.
+
+    Infinity passes where an overflow may have left it; a scalar that a policy remembers may say by NaN that there is
+    none.
+    """
+    kind = name.rpartition(SEPARATOR)[2].rpartition(".")[2]
+    if isinstance(value, Tensor) and value.dim() > 0:
+        if value.is_floating_point() and bool(local(value.detach()).isnan().any()):
+            raise ValueError(f"state {name!r} of {where} holds NaN: the checkpoint is damaged, take an earlier one")
+        return
+    number = float(value)
+    if kind in POSITIVE and not number >= 0.0:
+        raise ValueError(f"state {name!r} of {where} must be >= 0, got {number}: the checkpoint is damaged")
+    if kind in NUMBERS and number != number:
+        raise ValueError(f"state {name!r} of {where} must be a number, got NaN: the checkpoint is damaged")
+    counts = kind in COUNTERS or kind.rpartition("_")[2] in COUNTERS or isinstance(value, int)
+    if counts and not (0.0 <= number < float("inf")):
+        raise ValueError(f"state {name!r} of {where} must be a count, got {number}: the checkpoint is damaged")
 
 
 def restored(value: Any, loaded: Any) -> Any:

@@ -74,11 +74,17 @@ def buffers_put_back() -> Iterator[None]:
 
 
 @contextmanager
-def gradients_put_back(params: Sequence[Tensor]) -> Iterator[None]:
-    """Take ``.grad`` away inside and give the same tensors back: a trial's own gradient starts from nothing."""
+def gradients_put_back(params: Sequence[Tensor], *, copies: bool) -> Iterator[None]:
+    """Take ``.grad`` away inside, and give the same tensors back.
+
+    Args:
+        params: the optimizer's parameters.
+        copies: leave copies inside, for closures that clip or log what no backward pass computes anew; else a trial's
+            own gradient starts from nothing.
+    """
     held = [p.grad for p in params]
-    for p in params:
-        p.grad = None
+    for p, g in zip(params, held, strict=True):
+        p.grad = g.clone() if copies and g is not None else None
     try:
         yield
     finally:
@@ -111,7 +117,8 @@ def evaluate(
     Returns:
         the loss as a detached 0-d tensor (``None`` if the closure gave none), and every parameter's gradient.
     """
-    with same_random_numbers(before, params), buffers_put_back(), gradients_put_back(params):
+    gradients = gradients_put_back(params, copies=not with_gradient)
+    with same_random_numbers(before, params), buffers_put_back(), gradients:
         with torch.set_grad_enabled(with_gradient):
             value = closure()
         gradient = [local(p.grad) for p in params]

@@ -142,6 +142,38 @@ def test_two_optimizers_that_both_look_at_the_loss(order: int, parts: int) -> No
     assert not torch.equal(model[0].weight, network().double()[0].weight)
 
 
+@pytest.mark.parametrize("name", ["soaa", "kfac", "lbfgs-trust-region", "shampoo"])
+def test_cleared_state_starts_the_optimizer_again(name: str) -> None:
+    """As it does one of ``torch.optim``, which creates state in the step that lacks it."""
+    model, other = network(), network()
+    optimizer = build(model, name)
+
+    def train(m: torch.nn.Module, o: SecondOrder, steps: int) -> None:
+        def closure() -> torch.Tensor:
+            o.zero_grad()
+            outputs = m(X)
+            loss = torch.nn.functional.cross_entropy(outputs, Y)
+            o.backward(loss, outputs)
+            return loss
+
+        for _ in range(steps):
+            o.step(closure)
+
+    train(model, optimizer, 3)
+    optimizer.state.clear()
+    other.load_state_dict(model.state_dict())
+    train(model, optimizer, 3)
+    fresh = build(other, name)
+    train(other, fresh, 3)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+    saved = optimizer.state_dict()
+    optimizer.state.clear()
+    optimizer.load_state_dict(saved)
+    for m, o in ((model, optimizer), (other, fresh)):
+        train(m, o, 2)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_model_moved_to_another_dtype_is_a_clear_error(dtype: torch.dtype) -> None:
     model = network()

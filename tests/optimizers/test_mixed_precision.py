@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -167,3 +168,32 @@ def test_clipping_enters_the_step() -> None:
             o.step()
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "name", ["ekfac", "hessian-free", "kfac", "lbfgs-trust-region", "muon", "soap", "trust-region-newton"]
+)
+def test_a_step_inside_autocast_is_the_one_outside_of_it(name: str) -> None:
+    """Whole loops are put under autocast: the closure casts, trial included, and the step's own arithmetic does not."""
+
+    def train(inside: bool) -> list[torch.Tensor]:
+        model = network(torch.float32)
+        optimizer = build(model, name)
+
+        def cast(enabled: bool) -> Any:
+            return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            with contextlib.nullcontext() if inside else cast(True):
+                loss, outputs = loss_of(model)
+            optimizer.backward(loss, outputs)
+            return loss
+
+        for _ in range(4):
+            with cast(inside):
+                optimizer.step(closure)
+        return list(model.parameters())
+
+    for p, q in zip(train(True), train(False), strict=True):
+        assert torch.equal(p, q)

@@ -93,6 +93,12 @@ DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a wrong kind": lambda s: edit(s, 1, "momentum", torch.zeros(8, dtype=torch.int64)),
     "a string": lambda s: edit(s, 3, "step", "1"),
     "a missing entry": lambda s: edit(s, 0, "trust_region/radius", None),
+    "a NaN in a tensor": lambda s: edit(s, 1, "momentum", torch.full((8,), float("nan"))),
+    "a radius below zero": lambda s: edit(s, 0, "trust_region/radius", torch.tensor(-1.0)),
+    "a radius that is NaN": lambda s: edit(s, 0, "trust_region/radius", torch.tensor(float("nan"))),
+    "a running loss that is NaN": lambda s: edit(s, 0, "trust_region/running_loss", float("nan")),
+    "a count below zero": lambda s: edit(s, 2, "step", torch.tensor(-3.0)),
+    "an infinite count": lambda s: edit(s, 0, "trust_region/losses_seen", float("inf")),
     "an unknown entry": lambda s: edit(s, 3, "surprise", torch.zeros(())),
     "a negative lr": lambda s: {**s, "param_groups": [{**s["param_groups"][0], "lr": -1.0}]},
     "an lr that is text": lambda s: {

@@ -151,6 +151,28 @@ def test_trial_that_raises_leaves_the_parameters_where_they_were() -> None:
     assert float(w.detach().norm()) < 3**0.5
 
 
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_closure_may_clip_and_log_its_gradients_in_a_trial_too(direct: bool) -> None:
+    model = nn.Linear(5, 1)
+    x = torch.randn(16, 5, generator=torch.Generator().manual_seed(0))
+    optimizer = SecondOrder(
+        model.parameters(), lr=1.0, curvature=Identity(), trust_region=TrustRegion(L2Ball(), radius=Judge(True))
+    )
+    norms = []
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward() if direct else optimizer.backward(loss)
+        norms.append(float(sum(p.grad.norm() for p in model.parameters())))  # type: ignore[union-attr]
+        nn.utils.clip_grad_value_(model.parameters(), 1e-3)
+        return loss
+
+    optimizer.step(closure)
+    assert len(norms) == 2
+    assert all(0.0 < float(p.grad.abs().max()) <= 1.001e-3 for p in model.parameters())  # type: ignore[union-attr]
+
+
 def test_policy_that_needs_a_trial_says_so_without_a_closure() -> None:
     w = nn.Parameter(torch.ones(3))
     optimizer = SecondOrder([w], lr=1.0, trust_region=TrustRegion(region=L2Ball(), radius=RatioRadius()))

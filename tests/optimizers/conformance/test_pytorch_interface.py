@@ -41,6 +41,44 @@ class TestOptimInterface(TestCase):
         super().setUp()
         warnings.simplefilter("ignore", UserWarning)  # steps without a loss say so once
 
+    # -- gradients and counters -----------------------------------------------------------------------------------
+
+    @optims(DB)
+    def test_grads_are_never_inplaced_into(
+        self, device: str, dtype: torch.dtype, optim_info: OptimizerInfo
+    ) -> None:
+        """Not even to be put back: by the counter that every in-place operation moves."""
+        model = Affine(dtype, device=device)
+        optimizer = optim_info.optim_cls(model)
+        for _ in range(2):
+            seen: list[tuple[torch.Tensor, int]] = []
+
+            def closure(seen: list[tuple[torch.Tensor, int]] = seen) -> torch.Tensor:
+                optimizer.zero_grad()
+                loss, outputs = loss_of(model)
+                optimizer.backward(loss, outputs)
+                if not seen:  # the first evaluation's, before a trial
+                    seen += [(p.grad, p.grad._version) for p in model.parameters()]
+                return loss
+
+            optimizer.step(closure)
+            self.assertEqual(len(seen), 2)
+            for p, (gradient, version) in zip(model.parameters(), seen, strict=True):
+                self.assertIs(p.grad, gradient)
+                self.assertEqual(gradient._version, version)
+
+    @optims(GRADIENT_ONLY)
+    def test_step_iteration(self, device: str, dtype: torch.dtype, optim_info: OptimizerInfo) -> None:
+        """A parameter's counter moves by one a step in which it has a gradient."""
+        model = Affine(dtype, device=device)
+        optimizer = optim_info.optim_cls(model)
+        steps(model, optimizer, 2)
+        model.linear.bias.requires_grad_(False)
+        model.linear.bias.grad = None
+        steps(model, optimizer, 3)
+        found = [float(optimizer.state[p]["step"]) for p in model.parameters()]
+        self.assertEqual(found, [5.0, 2.0])
+
     # -- flags ----------------------------------------------------------------------------------------------------
 
     @optims(DB)
