@@ -163,7 +163,10 @@ def read_outcome(folder: str | Path) -> Outcome:
     try:
         ablation = Ablation.from_dict(content)
     except (KeyError, TypeError) as error:
-        raise AblationError(f"{folder / CONFIGURATION} was written by another version: {error}") from error
+        raise AblationError(
+            f"{folder / CONFIGURATION} was written by another version ({error}): give the same soaa ablate command "
+            "once more, which keeps the finished runs, or use the version that wrote it"
+        ) from error
     protocol = Protocol(ablation, Store(folder))
     return _outcome(protocol, complete=protocol.replay())
 

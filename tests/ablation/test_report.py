@@ -68,6 +68,14 @@ def test_a_folder_without_results_is_one_error(tmp_path: Path) -> None:
         report(tmp_path)
 
 
+def test_a_configuration_of_another_version_is_one_error_that_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    content = Ablation().as_dict() | {"of_tomorrow": 1}
+    (tmp_path / "configuration.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(AblationError, match=r"another version .*of_tomorrow.*same soaa ablate command"):
+        report(tmp_path)
+
+
 # a frame is a viewport of its own: its width is what media queries and the layout see
 PROBE = """<!DOCTYPE html><html><body><iframe id=f style="width:WIDTHpx;height:800px;border:0" src="PAGE"></iframe>
 <script>
