@@ -42,6 +42,8 @@ class SOAP(Estimator):
         factor_beta: decay of the factors, in [0, 1); ``None`` is ``beta``.
         eps: ε > 0, added to √v̂.
         interval: steps between refreshes of the basis, >= 1.
+        every_step_until: up to this step, >= 0, the basis is refreshed at every step: the first ones come from few
+            gradients, and turn fast. 0 is the paper's.
         max_dim: longer dimensions are not rotated, >= 1; ``None`` rotates every one.
         rotate_vectors: whether parameters of order 1 are rotated too; without it theirs is Adam's diagonal.
 
@@ -66,6 +68,7 @@ class SOAP(Estimator):
     interval: int = 10
     max_dim: int | None = 10_000
     rotate_vectors: bool = False
+    every_step_until: int = 0
 
     semidefinite = True
 
@@ -79,6 +82,8 @@ class SOAP(Estimator):
             raise ValueError(f"interval must be >= 1, got {self.interval}")
         if self.max_dim is not None and self.max_dim < 1:
             raise ValueError(f"max_dim must be >= 1 or None, got {self.max_dim}")
+        if self.every_step_until < 0:
+            raise ValueError(f"every_step_until must be >= 0, got {self.every_step_until}")
 
     @property
     def needs(self) -> Needs:
@@ -141,7 +146,7 @@ class SOAP(Estimator):
         self._take_in(state, seen)
 
     def _due(self, step: int) -> bool:
-        return step > 1 and (step - 1) % self.interval == 0
+        return step > 1 and (step <= self.every_step_until or (step - 1) % self.interval == 0)
 
     def _take_in(self, state: State, seen: Observation) -> None:
         """G' into v, then G into the factors."""

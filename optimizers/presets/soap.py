@@ -32,6 +32,8 @@ class SOAP(SecondOrder):
         interval: steps between refreshes of the basis, >= 1.
         max_dim: longer dimensions are not rotated; ``None`` rotates every one.
         rotate_vectors: whether biases and other vectors are rotated too.
+        every_step_until: up to this step, >= 0, the basis is refreshed at every step. 0 is the published code; 25 suits
+            runs of some hundred steps (docs/results/study.md).
         **options: of :class:`SecondOrder` (``maximize``, ``compile``).
 
     >>> import torch
@@ -59,6 +61,7 @@ class SOAP(SecondOrder):
         interval: int = 10,
         max_dim: int | None = 10_000,
         rotate_vectors: bool = False,
+        every_step_until: int = 0,
         **options: Any,
     ) -> None:
         beta_1, beta_2 = check_betas(betas)
@@ -72,6 +75,7 @@ class SOAP(SecondOrder):
                 interval=interval,
                 max_dim=max_dim,
                 rotate_vectors=rotate_vectors,
+                every_step_until=every_step_until,
             ),
             trust_region=TrustRegion(region=Unbounded(), radius=FixedRadius()),
             momentum=RunningMeanFromSecond(beta_1),

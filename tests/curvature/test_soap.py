@@ -28,8 +28,11 @@ class LiteralSOAP:
 
     The first step is Adam's; then algorithm 3 from the first gradient's basis."""
 
-    def __init__(self, beta: float, factor_beta: float, interval: int, eps: float) -> None:
+    def __init__(
+        self, beta: float, factor_beta: float, interval: int, eps: float, every_step_until: int = 0
+    ) -> None:
         self.beta, self.factor_beta, self.interval, self.eps = beta, factor_beta, interval, eps
+        self.every_step_until = every_step_until
         self.t, self.sorted = 0, 0
         self.V: np.ndarray | float = 0.0
         self.L = self.R = None
@@ -49,7 +52,7 @@ class LiteralSOAP:
         w = (1 - b) / (1 - b**self.t)
         self.L = (1 - w) * self.L + w * G @ G.T
         self.R = (1 - w) * self.R + w * G.T @ G
-        if (self.t - 1) % self.interval == 0:
+        if self.t <= self.every_step_until or (self.t - 1) % self.interval == 0:
             self.QL, order = self.refreshed(self.L, self.QL)
             self.V = self.V[order]
             self.QR, order = self.refreshed(self.R, self.QR)
@@ -62,10 +65,10 @@ class LiteralSOAP:
         return np.linalg.qr((A @ Q)[:, order])[0], order
 
 
-@pytest.mark.parametrize("interval", [1, 3])
-def test_step_equals_the_papers(interval: int) -> None:
-    literal = LiteralSOAP(beta=0.9, factor_beta=0.8, interval=interval, eps=1e-2)
-    estimator = SOAP(beta=0.9, factor_beta=0.8, interval=interval, eps=1e-2)
+@pytest.mark.parametrize(("interval", "until"), [(1, 0), (3, 0), (7, 12)])
+def test_step_equals_the_papers(interval: int, until: int) -> None:
+    literal = LiteralSOAP(beta=0.9, factor_beta=0.8, interval=interval, eps=1e-2, every_step_until=until)
+    estimator = SOAP(beta=0.9, factor_beta=0.8, interval=interval, eps=1e-2, every_step_until=until)
     state = estimator.init([torch.zeros(5, 5, dtype=torch.float64)])
     generator = torch.Generator().manual_seed(1)
     for [G] in gradients([(5, 5)], 40):
@@ -128,6 +131,7 @@ def test_a_parameter_without_a_gradient_keeps_its_state() -> None:
         ({"factor_beta": -0.1}, r"factor_beta must be in \[0, 1\), got -0.1"),
         ({"eps": 0.0}, "eps must be > 0, got 0.0"),
         ({"interval": 0}, "interval must be >= 1, got 0"),
+        ({"every_step_until": -1}, "every_step_until must be >= 0, got -1"),
         ({"max_dim": 0}, "max_dim must be >= 1 or None, got 0"),
     ],
 )
