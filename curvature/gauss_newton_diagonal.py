@@ -99,7 +99,7 @@ def measured(graph: LossGraph, model: nn.Module, recorder: Recorder) -> Statisti
     count = z.shape[0] if z.dim() else 1
     samples = PerSample(graph, model, recorder, count, z)
     # The rules are proven on a vector that reaches every output; a column may reach one position only.
-    samples.squares(torch.ones(count), probe([z], 0x6E, 0)[0].to(z.dtype))
+    samples.squares(torch.ones(count), probe([z], 0x6E, 0, "gaussian")[0].to(z.dtype))
     total: list[Tensor] = vectors.zeros_like(graph.params)
     for column, signs in factor_columns(graph):
         for t, squares in zip(total, samples.squares(signs, column.to(z.dtype)), strict=True):

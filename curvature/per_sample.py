@@ -135,16 +135,17 @@ class PerSample:
         )
 
     def squares(self, weights: Tensor, seed: Tensor | None = None) -> list[Tensor]:
-        """Σ_n r_n u_n² for the gradient of :attr:`of`, or of ⟨of, seed⟩.
+        """Σ_n r_n u_n² for the gradient of :attr:`of`, or of ⟨z, seed⟩.
 
         Args:
             weights: r, one a sample.
-            seed: shaped like ``of``.
+            seed: shaped like the outputs z.
         """
         params = self.graph.params
         asked: list[int] = []
         if not self.proven:
             self._refuse_mixed_rows()
+            weights, seed = self._stretched(weights, seed)
             asked = [i for i in range(len(params)) if i not in self.evident]
         room = Room()
         total: dict[int, Tensor] = {}
@@ -180,6 +181,21 @@ class PerSample:
         self._one_by_one(rest, total, weights, seed)
         return [total[i] for i in range(len(params))]
 
+    def _stretched(self, weights: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(r_n / s_n², s_n times sample n's rows of the seed): the same squares, by terms that cannot cancel in a sum.
+
+        Two equal samples with opposite residuals would hide from Σ u_n that a rule gives each a wrong one.
+        """
+        z = self.graph.output
+        if seed is None:
+            (seed,) = torch.autograd.grad(self.of, z, retain_graph=True)
+        s = 1 + torch.rand(
+            self.count, generator=generator(0x57E7, 0, torch.device("cpu")), dtype=torch.float64
+        )
+        run = z.shape[0] // self.count if z.dim() else 1
+        rows = s.repeat_interleave(run).reshape(-1, *[1] * (z.dim() - 1)).to(seed.device, seed.dtype)
+        return weights / s.to(weights.device, weights.dtype).square(), seed * rows
+
     def _shaped(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The first of them, those of the recorded calls, in the shape of the output, which the node may not know."""
         found = list(gradients)
@@ -195,7 +211,12 @@ class PerSample:
         return gradient.reshape(shape) if alike else gradient
 
     def _swept(
-        self, total: dict[int, Tensor], weights: Tensor, seed: Tensor | None, leaves: Sequence[Tensor], room: Room
+        self,
+        total: dict[int, Tensor],
+        weights: Tensor,
+        seed: Tensor | None,
+        leaves: Sequence[Tensor],
+        room: Room,
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """One backward pass, which forms the squares of evident parameters as it meets their layers.
 
@@ -231,7 +252,8 @@ class PerSample:
 
         if self._sweep is None:
             self._sweep = Sweep([call.edge for call in self.calls], self.found.readers)
-        return gradients, self._sweep.run(self.of, seed, take, leaves)
+        of = self.of if seed is None else self.graph.output
+        return gradients, self._sweep.run(of, seed, take, leaves)
 
     def _one_by_one(
         self, which: Sequence[int], total: dict[int, Tensor], weights: Tensor, seed: Tensor | None

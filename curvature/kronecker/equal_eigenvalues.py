@@ -28,15 +28,24 @@ def without_choice(
     >>> without_choice(S, (torch.ones(1, 1), torch.tensor([[2.0, 2.0, 7.0]])), (None, torch.eye(3)))
     tensor([[[2., 2., 5.]]])
     """
+    g, a = eigenvalues
+    cancelled = (S.sum((-2, -1)) / (g.sum(-1) * a.sum(-1))).clamp(min=1.0).unsqueeze(-1)
     if bases[0] is not None:
-        S = averaged(S.mT, eigenvalues[0]).mT
-    return S if bases[1] is None else averaged(S, eigenvalues[1])
+        S = averaged(S.mT, g, cancelled).mT
+    return S if bases[1] is None else averaged(S, a, cancelled)
 
 
-def averaged(S: Tensor, eigenvalues: Tensor) -> Tensor:
-    """The mean over the last axis where neighbouring eigenvalues are equal up to rounding."""
+def averaged(S: Tensor, eigenvalues: Tensor, cancelled: Tensor) -> Tensor:
+    """The mean over the last axis where neighbouring eigenvalues are equal up to rounding.
+
+    Args:
+        S: (groups, …, d).
+        eigenvalues: (groups, d).
+        cancelled: (groups, 1), how much larger than the sum its terms were; not a number, which nothing exceeds, where
+            the sum is zero.
+    """
     size = eigenvalues.shape[-1]
-    rounding = 1e3 * torch.finfo(eigenvalues.dtype).eps * size
+    rounding = 1e3 * torch.finfo(eigenvalues.dtype).eps * size * cancelled
     apart = eigenvalues.diff(dim=-1) > rounding * eigenvalues[..., -1:]
     if apart.device.type == "cpu" and bool(apart.all()):
         return S

@@ -16,7 +16,7 @@ from curvature.hessian_diagonal import HessianDiagonal
 from curvature.loss_graph import output_tensor
 from curvature.measured_weights import rows
 from tests.curvature import dense
-from tests.curvature.cases import LAYERS, LOSSES, Case, N
+from tests.curvature.cases import LAYERS, LOSSES, Call, Case, N, reals, seeded
 
 CASES = LOSSES | LAYERS
 NO_DOUBLE_BACKWARD = ("attention", "attention, positions first")  # the fused kernel has none
@@ -165,3 +165,27 @@ def test_a_split_batch_gives_the_same_diagonal(estimator: Any, name: str) -> Non
     whole = diagonal(estimator, case, model)
     parts = dense.flat(estimate(estimator, model, case.loss_fn, halves(case)).diagonal())
     torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-9)
+
+
+def test_a_wrong_rule_does_not_hide_behind_equal_samples_with_opposite_residuals() -> None:
+    """A mask that is given by name is not seen by the rule, whose terms then cancel as the right ones do."""
+    mask = torch.ones(3, 3, dtype=torch.bool).triu(1)
+    model = Call(
+        lambda m, x: m.head(m.attention(x, x, x, attn_mask=mask)[0].mean(1)).squeeze(1),
+        attention=nn.MultiheadAttention(2, 1, batch_first=True),
+        head=nn.Linear(2, 1),
+    )
+    model = seeded(model)
+    with torch.no_grad():
+        model.head.bias.zero_()
+    x = reals(1, 3, 2).repeat(2, 1, 1)
+    with torch.no_grad():
+        model.head.bias.sub_(model(x)[0])  # logits 0: residuals ±½
+    y = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    loss_fn, params = nn.BCEWithLogitsLoss(), dense.trainable(model)
+    found = dense.flat(
+        estimate(EmpiricalFisherDiagonal(samples="per_sample"), model, loss_fn, [(x, y)]).diagonal()
+    )
+    losses = [loss_fn(model(x[n : n + 1]), y[n : n + 1]) for n in range(2)]
+    expected = dense.empirical_fisher(losses, [0.5, 0.5], params).diagonal()
+    assert dense.relative_error(found, expected) < 1e-10

@@ -202,3 +202,47 @@ def test_a_model_without_any_block_has_its_diagonal() -> None:
     GN = dense.gauss_newton(LOSS(z, y), z, dense.trainable(model))
     ours = estimate(EKFAC(model), model, LOSS, [(x, y)]).to_dense()
     assert dense.relative_error(ours, torch.diag(GN.diagonal())) < 1e-10
+
+
+def dense_basis(state: dict[str, Any]) -> Tensor:
+    """(P, P), the columns in the order of S: Q_G ⊗ Q_A for the weight of a linear layer without bias."""
+    return torch.kron(state["G_vectors"][0][0], state["A_vectors"][0][0])
+
+
+@pytest.mark.parametrize("interval", [1, 2, 3])
+def test_later_moments_are_a_running_mean_and_a_new_basis_keeps_the_blocks_diagonal(interval: int) -> None:
+    """George et al. 2018 literally: S is averaged in the basis at hand; a new one takes the diagonal B has in it."""
+    beta, refreshed = 0.7, []
+    model = nn.Linear(3, 2, bias=False).double()
+    params = dense.trainable(model)
+    estimator = EKFAC(
+        model, fisher="empirical", likelihood="categorical", beta=beta, inverse_interval=interval
+    )
+    state = estimator.init(params)
+    g = torch.Generator().manual_seed(3)
+    B: Tensor | None = None
+    for t in range(1, 7):
+        x, y = torch.randn(5, 3, generator=g, dtype=torch.float64), torch.randint(0, 2, (5,), generator=g)
+        before = None if B is None else dense_basis(state)
+        z = model(x)
+        loss = functional.cross_entropy(z, y)
+        statistics = estimator.measure(state, LossGraph(loss, params, z))
+        estimator.update(state, Observation(params, statistics=statistics, parameters=params))
+        found, Q = estimator.operator(state).to_dense(), dense_basis(state)
+        each = [
+            dense.gradient(functional.cross_entropy(z[n : n + 1], y[n : n + 1]), params) for n in range(5)
+        ]
+        if before is None or B is None:
+            measured_in = Q
+            S = torch.stack([(Q.T @ u) ** 2 for u in each]).mean(0)
+        else:
+            measured_in = before
+            new = torch.stack([(before.T @ u) ** 2 for u in each]).mean(0)
+            share = (1 - beta) / (1 - beta**t)
+            S = (1 - share) * (before.T @ B @ before).diagonal() + share * new
+        B = measured_in @ torch.diag(S) @ measured_in.T
+        refreshed.append(before is not None and not torch.equal(before, Q))
+        B = Q @ torch.diag((Q.T @ B @ Q).diagonal()) @ Q.T
+        torch.testing.assert_close(found, B, rtol=1e-10, atol=1e-14)
+    assert 0 < sum(refreshed) <= 5
+    assert interval == 1 or not all(refreshed[1:])

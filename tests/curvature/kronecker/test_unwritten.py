@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from curvature import EKFAC, KFAC, LossGraph, estimate
+from curvature.kronecker import factors
 from tests.curvature import dense
 
 
@@ -128,3 +129,24 @@ def test_no_memory_is_kept_after_one_shot_use_or_in_a_copy() -> None:
     assert kfac._live.spare._held
     assert not copy.deepcopy(kfac)._live.spare._held
     assert not pickle.loads(pickle.dumps(kfac._live.spare))._held
+
+
+@pytest.mark.parametrize("d", [383, 384, 385, 386, 387, 513])
+@pytest.mark.parametrize("empty", [True, False])
+def test_a_product_in_panels_is_the_whole_product(d: int, empty: bool) -> None:
+    """Widths about the one from which there are panels, whatever four of them leave; in a part of a larger matrix."""
+    g = torch.Generator().manual_seed(d)
+    a, w = (
+        torch.randn(1, 3, d, generator=g, dtype=torch.float64),
+        torch.rand(3, generator=g, dtype=torch.float64),
+    )
+    held = torch.randn(d + 1, d + 1, generator=g, dtype=torch.float64)
+    held = held + held.T
+    into = held.clone().unsqueeze(0)
+    if empty:
+        into[:, :d, :d] = torch.nan
+    factors.add_gram_(into[:, :d, :d], a * w.unsqueeze(-1), a, empty)
+    expected = torch.einsum("m,mi,mj->ij", w, a[0], a[0]) + (0 if empty else held[:d, :d])
+    torch.testing.assert_close(into[0, :d, :d], expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(into[0, d], held[d])
+    assert torch.equal(into[0, :, d], held[:, d])
