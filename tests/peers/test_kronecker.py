@@ -95,10 +95,11 @@ def test_ekfac(network: str, sharing: Any, fisher: Any) -> None:
     if sharing == "expand" or network == "perceptron":
         torch.testing.assert_close(ours, expected, rtol=1e-7, atol=1e-9)
     elif fisher == "type-2":
-        # Here S are the second moments of whole gradients in the basis, whatever the sharing: the best diagonal for it.
+        # Here S are the second moments of whole gradients in the basis, whatever the sharing: the best diagonal for it,
+        # up to eigenspaces, over which it is averaged where theirs keeps the basis that happened to be found.
         z = model(data[0][0])
         exact = reference.module_gauss_newton(model, loss_fn(z, y), z)
-        assert (ours - exact).norm() < (expected - exact).norm()
+        assert (ours - exact).norm() < 1.001 * (expected - exact).norm()
 
 
 @NETWORKS
