@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-KINDS = ("cpu", "cuda", "mps", "xpu")
+KINDS: tuple[str, ...] = ("cpu", "cuda", "mps", "xpu")
 """Device types that are looked at whatever the parameters' own is."""
 
 
