@@ -54,7 +54,7 @@ def samples_mixed(
         out_axes: where they may lie in the outputs, each in an equal run.
 
     Returns:
-        ``"apart"`` where no row depends on another sample, ``"mixed"`` where one does, and otherwise why nobody can say.
+        ``"apart"`` where no row depends on another sample, ``"mixed"`` where one does, else why nobody can say.
 
     >>> x = torch.arange(6.0).reshape(3, 2)
     >>> samples_mixed(nn.Softmax(1), [x]), samples_mixed(nn.Softmax(0), [x])
