@@ -321,11 +321,21 @@ def per_sample(loss_fn: Callable[[Any, Any], Tensor], outputs: Any, target: Any)
 def sample_by_sample(
     loss_fn: Callable[[Any, Any], Tensor], z: Any, target: Any, count: int
 ) -> tuple[Tensor, list[Tensor]]:
-    """The loss of every sample as a batch of one, (N,), and its gradients by the sample's outputs, (N, …)."""
-    found = [
-        value_and_gradient(loss_fn, leaf_copy(rows(z, n, count)), rows(target, n, count))
-        for n in range(count)
-    ]
+    """The loss of every sample as a batch of one, (N,), and its gradients by the sample's outputs, (N, …).
+
+    Raises:
+        ValueError: where the loss cannot take a sample alone, as one that compares each with the others of its batch.
+    """
+    try:
+        found = [
+            value_and_gradient(loss_fn, leaf_copy(rows(z, n, count)), rows(target, n, count))
+            for n in range(count)
+        ]
+    except (RuntimeError, IndexError, TypeError) as error:
+        raise ValueError(
+            "the loss takes the batch but no sample of it alone, so no sample has a gradient of its own: use a loss "
+            f"that is a sum over samples, or curvature of the whole batch; on one sample it failed with {error}"
+        ) from error
     stacked = [torch.cat(parts) for parts in zip(*(gradients for _, gradients in found), strict=True)]
     return torch.stack([own.reshape(()) for own, _ in found]), stacked
 

@@ -301,6 +301,14 @@ def test_weight_fn_that_the_loss_contradicts_is_refused(loss_fn: Any) -> None:
         loss_weights.sample_weights(loss_fn, model(x), y, len)
 
 
+def test_a_loss_that_compares_the_samples_of_a_batch_is_refused_with_the_reason() -> None:
+    def contrast(outputs: Tensor, partner: Tensor) -> Tensor:
+        return F.cross_entropy(outputs @ outputs.T, partner)
+
+    with pytest.raises(ValueError, match=r"no sample of it alone.* Target 1 is out of bounds"):
+        measured_weights.per_sample(contrast, linear(3)(inputs(6)), torch.arange(6))
+
+
 def test_outputs_and_target_that_broadcast_are_refused() -> None:
     x = inputs(6)
     with pytest.raises(ValueError, match="broadcast"):
