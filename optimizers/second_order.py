@@ -132,7 +132,7 @@ class SecondOrder(Observing):
     ) -> None:
         params = held.shards
         ranks = find_ranks(held.params, self.process_group)
-        info = self._paths.compiled(held, loss, scale, ranks, self._check_signals)
+        info = self._paths.taken(held, loss, scale, ranks, self._check_signals)
         if info is not None:
             if isinstance(info, StepInfo):
                 self.step_info = info
@@ -175,10 +175,6 @@ class SecondOrder(Observing):
         """Refresh the curvature, propose, and move (or try)."""
         composition = self._composition(ranks)
         self._recorded = None  # it was of the state that changes now
-        taken = self._paths.blocked(held, gradient)
-        if taken is not None:
-            self._record(loss, taken, core.review(composition, self._region_state, taken, loss), None)
-            return
         params = self._shards
         seen = Observation(
             gradient=gradient,

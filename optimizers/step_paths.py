@@ -4,7 +4,7 @@ From the narrowest to the widest:
 
 - *compiled*, where every tensor has a gradient (:mod:`optimizers.compiled`): two kernels for one formula an element,
   a graph over all tensors for any other composition whose signals are gradients;
-- *blocked*: one formula an element on a CPU, block by block (``blocked.py``);
+- *blocked*: likewise, one formula an element on a CPU, block by block (``blocked.py``);
 - *diagonal*: a diagonal curvature on a CPU, block by block (``diagonal_step.py``), or one that is diagonal in a rotated
   basis (``rotated_step.py``);
 - the general path (``core.py``), which writes every intermediate vector and takes anything.
@@ -26,13 +26,14 @@ from curvature.protocols import CurvatureOperator, State
 from curvature.rotated_diagonal import RotatedDiagonalOperator
 from optimizers import blocked, diagonal_step, elementwise, rotated_step
 from optimizers.compiled import graph
-from optimizers.compiled.elementwise_path import ElementwisePath, has_passes
+from optimizers.compiled.elementwise_path import ElementwisePath, has_passes, passes_for
 from optimizers.compiled.graph_path import GraphPath
 from optimizers.compiled.host_path import HostRecord
 from optimizers.compiled.kernels import compiler_failures
 from optimizers.compiled.tensors import Options, Tensors
 from optimizers.core import Composition
 from optimizers.distributed import Ranks, find_ranks
+from optimizers.rounding import NARROW
 from optimizers.scaling import GradScale
 from optimizers.sharding import local, stored
 from optimizers.step_info import StepInfo
@@ -130,9 +131,9 @@ class StepPaths:
         self._graph: GraphPath | None = None
         self._refused = False
 
-    # -- compiled -------------------------------------------------------------------------------------------------
+    # -- compiled, or in blocks -----------------------------------------------------------------------------------
 
-    def compiled(
+    def taken(
         self,
         held: Held,
         loss: Tensor | None,
@@ -140,7 +141,7 @@ class StepPaths:
         ranks: Ranks,
         check: Callable[[Tensor | None], None],
     ) -> StepInfo | HostRecord | None:
-        """The record of a compiled step, or what forms it when it is asked for.
+        """The record of a step compiled or in blocks, or what forms it when it is asked for.
 
         ``None``, with nothing changed, where this step is not of its kind.
 
@@ -151,7 +152,7 @@ class StepPaths:
             ranks: that share the step.
             check: raises where a signal is missing.
         """
-        path = self._compiled_path(held)
+        path = self._path_for(held)
         if path is None:
             return None
         gradient = [p.grad for p in held.params]
@@ -165,7 +166,7 @@ class StepPaths:
         except compiler_failures() as error:
             if self.compiles is True:
                 raise
-            self._refused = True
+            self._refused, self._path, self._graph = True, None, None
             warnings.warn(f"steps are not compiled, since the compiler failed: {error}", stacklevel=6)
             return None
 
@@ -207,24 +208,25 @@ class StepPaths:
         if tried:
             self._graph, self._refused = None, False
 
-    def _compiled_path(self, held: Held) -> ElementwisePath | GraphPath | None:
-        """What compiled steps are taken by, built once: the passes for these tensors, the graph for any."""
-        if self._refused or not self.wants_compiled(held):
-            return None
+    def _path_for(self, held: Held) -> ElementwisePath | GraphPath | None:
+        """What these steps are taken by, built once: passes for these tensors, compiled or not; the graph for any."""
+        compiles = self.wants_compiled(held) and not self._refused
         if self._path is not None and not any(g["momentum"] == 0.0 for g in held.groups):
             return self._path
         if find_ranks(held.params, None).shards is not None:
-            self._refused = True
             return None
-        self._path = self._built(held)
+        self._path = self._built(held, compiles)
+        if not compiles:
+            return self._path
         if self._path is None and self._graph is None and graph.why_not(self.composition) is None:
             self._graph = GraphPath(self.composition, held.seed)
         path = self._graph if self._path is None else self._path
         self._refused = path is None
         return path
 
-    def _built(self, held: Held) -> ElementwisePath | None:
-        formula = _formula_of(self.composition)
+    def _built(self, held: Held, compiles: bool) -> ElementwisePath | None:
+        composition = self.composition
+        formula, trust_region = _formula_of(composition), composition.trust_region
         if formula is None or any(g["momentum"] == 0.0 for g in held.groups):
             return None
         tensors = Tensors(
@@ -236,34 +238,20 @@ class StepPaths:
             [i for i, group in enumerate(held.groups) for _ in group["params"]],
         )
         kind = tensors.kind()
-        if kind is None or not has_passes(formula, kind):
+        if kind is None:
             return None
-        return ElementwisePath(formula, self.composition.trust_region, tensors, kind, held.seed)
+        if not compiles:
+            if kind.device.type != "cpu" or kind.state == NARROW:
+                return None
+            return ElementwisePath(
+                trust_region, tensors, kind, blocked.BlockedPasses(formula, trust_region.radius)
+            )
+        if not has_passes(formula, kind):
+            return None
+        passes = passes_for(formula, trust_region, kind, held.seed)
+        return ElementwisePath(trust_region, tensors, kind, passes)
 
     # -- on a CPU without a compiler ------------------------------------------------------------------------------
-
-    def blocked(self, held: Held, gradient: Sequence[Tensor | None]) -> Proposal | None:
-        """What was proposed and taken block by block; ``None``, with nothing changed, where that cannot be."""
-        formula = _formula_of(self.composition)
-        if (
-            formula is None
-            or formula.lags
-            or any(g["momentum"] == 0.0 for g in held.groups)
-            or find_ranks(held.params, None).shards is not None
-        ):
-            return None
-        inputs = blocked.inputs_of(
-            held.shards,
-            gradient,
-            held.momentum_buffers(),
-            cast("list[Tensor]", held.curvature_state["second_moment"]),
-            [held.steps, cast("list[Tensor]", held.curvature_state["count"])],
-            (held.each("momentum"), held.each("lr"), held.each("weight_decay")),
-        )
-        if inputs is None:
-            return None
-        radius = float(cast(Tensor, held.region_state["radius"]))
-        return blocked.step_(formula, inputs, radius, self.composition.trust_region.radius)
 
     def diagonal(
         self, held: Held, operator: CurvatureOperator, gradient: Sequence[Tensor | None], ranks: Ranks

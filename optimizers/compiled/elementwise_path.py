@@ -5,7 +5,6 @@ Legend: see ``optimizers.elementwise``; ℓ the loss, P the predicted reduction.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from curvature.protocols import State
 from optimizers import step_info
-from optimizers.compiled.host_path import HostRecord, HostSteps
+from optimizers.compiled.host_path import HostPasses, HostRecord, HostSteps
 from optimizers.compiled.kernels import Kind
 from optimizers.compiled.native import NativePasses, serves
 from optimizers.compiled.tensors import Options, Settled, Tensors, suits
@@ -48,7 +47,7 @@ def has_passes(formula: Formula, kind: Kind) -> bool:
     return serves(kind) or not (kind.state == NARROW or formula.lags)
 
 
-def passes_for(formula: Formula, trust_region: TrustRegion, kind: Kind, seed: int) -> TwoPass | NativePasses:
+def passes_for(formula: Formula, trust_region: TrustRegion, kind: Kind, seed: int) -> TwoPass | HostPasses:
     """The passes for tensors of a kind: native on a CPU with a C++ compiler, else those of ``torch.compile``."""
     if serves(kind):
         return NativePasses(formula, trust_region.radius, seed)
@@ -59,19 +58,17 @@ class ElementwisePath:
     """Takes the steps of one optimizer.
 
     Args:
-        formula: the composition's constants.
         trust_region: whose policy adapts the radius.
         tensors: what it works on; another path is built where the state is replaced.
         kind: of those.
-        seed: of the rounding of state in bfloat16.
+        passes: over its memory.
     """
 
     def __init__(
-        self, formula: Formula, trust_region: TrustRegion, tensors: Tensors, kind: Kind, seed: int = 0
+        self, trust_region: TrustRegion, tensors: Tensors, kind: Kind, passes: TwoPass | HostPasses
     ) -> None:
         self.trust_region = trust_region
-        self.tensors, self.kind = tensors, kind
-        self.passes: TwoPass | NativePasses = passes_for(formula, trust_region, kind, seed)
+        self.tensors, self.kind, self.passes = tensors, kind, passes
         self.on_host = HostSteps(trust_region)
         self._open: Open | None = None
 
@@ -91,13 +88,10 @@ class ElementwisePath:
     ) -> StepInfo | HostRecord:
         """One step; a gradient that is not finite (on any rank) changes nothing but ``skipped_steps``."""
         passes = self.passes
-        if (
-            isinstance(passes, NativePasses)
-            and self.on_host.rule is not None
-            and not ranks.groups
-            and not scale.active
-        ):
-            return self._step_on_host(passes, gradient, options, loss, region_state, skipped_steps)
+        if not isinstance(passes, TwoPass):
+            return self._step_on_host(
+                passes, gradient, options, loss, scale, ranks, region_state, skipped_steps
+            )
         agreed = loss
 
         def decide(finite: Tensor) -> Tensor:
@@ -106,47 +100,51 @@ class ElementwisePath:
             return finite
 
         radius = cast(Tensor, region_state["radius"])
-        if isinstance(self.passes, NativePasses):
-            self.passes.lagged_scale = cast("Tensor | None", region_state.get("fisher_scale"))
-        settled = self.passes.step_(self.tensors, gradient, self.kind, options, radius, decide)
+        settled = passes.step_(self.tensors, gradient, self.kind, options, radius, decide)
         if settled is not None:
             self._complete(settled)
-        finite = cast(Tensor, self.passes.taken and self.passes.taken.finite)
+        finite = cast(Tensor, passes.taken and passes.taken.finite)
         skipped_steps.add_(~finite)
         verdict = self._reviewed(region_state, agreed, finite)
         info = self._record(agreed, verdict, finite, region_state, skipped_steps)
         # without a loss P stays too: it belongs to the last loss that was seen
         records = torch.zeros_like(finite) if agreed is None else finite & torch.isfinite(agreed)
         self._open = Open(region_state, records, info)
-        if self.passes.at_once:
-            self.settle()
         return info
 
     def _step_on_host(
         self,
-        passes: NativePasses,
+        passes: HostPasses,
         gradient: Sequence[Tensor],
         options: Options,
         loss: Tensor | None,
+        scale: GradScale,
+        ranks: Ranks,
         region_state: State,
         skipped_steps: Tensor,
     ) -> HostRecord:
-        """The same where nobody else has a word: one process, no scaler, a policy whose rule is known in numbers."""
+        """The same where the host is the device, in numbers."""
+        agreed = loss
+
+        def decide(finite: bool) -> bool:
+            nonlocal agreed
+            if not ranks.groups and not scale.active:
+                return finite
+            agreed, taken = ranks.agree(loss, scale.finite(torch.tensor(finite)))
+            return bool(taken)
+
         state = self.on_host.numbers(region_state, skipped_steps)
         lagged = state.get("fisher_scale")
-        finite, found = passes.step_on_host_(
-            self.tensors, gradient, self.kind, options, state["radius"], lagged
+        found = passes.step_on_host_(
+            self.tensors, gradient, self.kind, options, state["radius"], lagged, decide
         )
-        if finite and lagged is not None:
-            state["fisher_scale"] = 1.0 if math.isnan(found[3]) else found[3]
-        dtype = self.tensors.steps[0].dtype
-        return self.on_host.review(
-            state, loss, finite, (found[0], found[1], found[2]), self.tensors.size, dtype
-        )
+        if found is not None and lagged is not None:
+            state["fisher_scale"] = found.scale
+        return self.on_host.review(state, agreed, found, self.tensors.size, self.tensors.steps[0].dtype)
 
     def settle(self) -> None:
         """Complete the last step's record, and the prediction that the policy will divide by."""
-        if self._open is not None:
+        if self._open is not None and isinstance(self.passes, TwoPass):
             settled = self.passes.settle(self.tensors, self.kind)
             if settled is not None:
                 self._complete(settled)

@@ -1,4 +1,4 @@
-"""What surrounds the native passes on one process: on a CPU the host *is* the device, so numbers are numbers.
+"""What surrounds the passes of an elementwise step on a CPU: the host *is* the device there, so numbers are numbers.
 
 A radius policy written in tensors is some sixty small operations a step. In a model whose tensors fill the caches each
 of them costs more than its arithmetic, and together as much as a pass over a million parameters. Here the same rules
@@ -11,14 +11,16 @@ Legend: see ``optimizers.elementwise``; ℓ the loss, P the predicted reduction,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from curvature.protocols import State
+from optimizers.compiled.kernels import Kind
+from optimizers.compiled.tensors import Options, Tensors
 from optimizers.elementwise import correction
 from optimizers.step_info import StepInfo
 from trust_region import FixedRadius, SOAARadius, TrustRegion
@@ -32,6 +34,50 @@ class Judged:
 
     ratio: float = NAN
     actual_reduction: float = NAN
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a step that was taken says of itself.
+
+    Args:
+        predicted: P; NaN where no policy asks for it.
+        scale: 1 + s of its own sums.
+        rest: gives P, ‖ηu‖² and the elements inside the box, (3,), from the state as the step left it; reads nothing.
+    """
+
+    predicted: float
+    scale: float
+    rest: Callable[[], Tensor]
+
+
+class HostPasses(Protocol):
+    """Passes over memory that say on the host what they found."""
+
+    def step_on_host_(
+        self,
+        x: Tensors,
+        gradient: Sequence[Tensor],
+        kind: Kind,
+        options: Options,
+        radius: float,
+        lagged: float | None,
+        decide: Callable[[bool], bool],
+    ) -> Found | None:
+        """Update the state and move the parameters, in place.
+
+        Args:
+            x: the tensors.
+            gradient: ``.grad`` as it is: neither unscaled nor negated.
+            kind: of the tensors.
+            options: hyperparameters.
+            radius: d.
+            lagged: 1 + s of the step before, where the composition takes that one.
+            decide: turns "my gradient is finite" into "the step is taken" (all ranks, a GradScaler).
+
+        Returns:
+            what it found; ``None``, with nothing changed, where the step is not taken.
+        """
 
 
 class Numbers:
@@ -67,14 +113,18 @@ class Numbers:
         return self.tensors[name].dtype
 
 
-def rule_of(trust_region: TrustRegion) -> Callable[[Numbers, float | None, float], Judged] | None:
-    """The policy in numbers: a function of the state, ℓ and P of this step; ``None`` where there is none."""
+def rule_of(trust_region: TrustRegion) -> Callable[[Numbers, float | None, float], Judged]:
+    """The policy in numbers: a function of the state, ℓ and P of this step.
+
+    Raises:
+        TypeError: for a policy that no elementwise formula goes with.
+    """
     policy = trust_region.radius
     if type(policy) is FixedRadius:
         return lambda state, loss, predicted: Judged()
     if type(policy) is SOAARadius and policy.scope == "global":
         return lambda state, loss, predicted: soaa_review(policy, state, loss, predicted)
-    return None
+    raise TypeError(f"{type(policy).__name__} has no rule in numbers: its steps go another way")
 
 
 def soaa_review(policy: SOAARadius, state: Numbers, loss: float | None, predicted: float) -> Judged:
@@ -108,9 +158,8 @@ class HostRecord:
 
     Args:
         loss: as it was given.
-        finite: whether the step was taken.
         judged: on the step before.
-        found: P, ‖ηu‖², elements inside the box.
+        found: by a step that was taken.
         size: elements in all.
         radius: after the step.
         damping: likewise; ``None`` where there is none.
@@ -120,9 +169,8 @@ class HostRecord:
     """
 
     loss: Tensor | None
-    finite: bool
     judged: Judged
-    found: tuple[float, float, float]
+    found: Found | None
     size: int
     radius: float
     damping: float | None
@@ -133,7 +181,8 @@ class HostRecord:
     def __call__(self) -> StepInfo:
         """The record."""
         region, counter = self.likes
-        predicted, square, inside = self.found if self.finite else (NAN, NAN, NAN)
+        found = torch.full((3,), NAN) if self.found is None else self.found.rest()
+        predicted, square, inside = found.to(self.dtype).unbind()
 
         def number(x: float, dtype: torch.dtype) -> Tensor:
             return torch.tensor(x, dtype=dtype)
@@ -143,11 +192,11 @@ class HostRecord:
             ratio=number(self.judged.ratio, region),
             radius=number(self.radius, region),
             damping=number(NAN if self.damping is None else self.damping, region),
-            predicted_reduction=number(predicted, self.dtype),
+            predicted_reduction=predicted,
             actual_reduction=number(self.judged.actual_reduction, region),
-            accepted=torch.tensor(self.finite),
-            step_norm=number(math.sqrt(square), self.dtype),
-            fisher_active_fraction=number(inside / self.size, self.dtype),
+            accepted=torch.tensor(self.found is not None),
+            step_norm=square.sqrt(),
+            fisher_active_fraction=inside / self.size,
             skipped_steps=number(self.skipped, counter),
         )
 
@@ -173,21 +222,19 @@ class HostSteps:
         self,
         state: Numbers,
         loss: Tensor | None,
-        finite: bool,
-        found: tuple[float, float, float],
+        found: Found | None,
         size: int,
         dtype: torch.dtype,
     ) -> HostRecord:
         """Count the step and adapt the radius; a step that was not taken changes nothing but its own count."""
         judged = Judged()
-        if not finite:
+        if found is None:
             state["skipped"] += 1.0
-        elif self.rule is not None:
+        else:
             value = None if loss is None else float(in_dtype(loss, state.dtype("radius")))
-            judged = self.rule(state, value, found[0])
+            judged = self.rule(state, value, found.predicted)
         return HostRecord(
             loss,
-            finite,
             judged,
             found,
             size,

@@ -11,15 +11,15 @@ import ctypes
 import math
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from optimizers.compiled.host_path import Found
 from optimizers.compiled.kernels import Kind
 from optimizers.compiled.native_library import NoCompilerError, library
-from optimizers.compiled.tensors import Options, Settled, Tensors, classes, log
+from optimizers.compiled.tensors import Options, Tensors, classes, log
 from optimizers.elementwise import Formula, prediction_of
 from optimizers.rounding import NARROW, key_of
 
@@ -58,6 +58,9 @@ class _Work(ctypes.Structure):
     )
 
 
+_TAKEN = ctypes.byref(ctypes.c_uint8(1))
+
+
 def serves(kind: Kind) -> bool:
     """Whether there are native passes for these tensors, and a compiler for them."""
     if kind.device.type != "cpu" or (kind.param, kind.state) not in KINDS:
@@ -67,19 +70,6 @@ def serves(kind: Kind) -> bool:
     except NoCompilerError:
         return False
     return True
-
-
-@dataclass(frozen=True)
-class Taken:
-    """A step that was taken and whose prediction is not settled.
-
-    Args:
-        found: P, ‖ηu‖², the elements inside the box and the scale of its own sums; NaN for a skipped step.
-        finite: whether it moved anything, 0-d bool.
-    """
-
-    found: Tensor
-    finite: Tensor
 
 
 class _Bound:
@@ -151,42 +141,10 @@ class NativePasses:
     by the second.
     """
 
-    #: Whether a step's prediction is known as soon as it is taken.
-    at_once = True
-
     def __init__(self, formula: Formula, policy: object, seed: int = 0) -> None:
         self.formula, self.seed = formula, seed
         self.rule = prediction_of(policy)
-        self.taken: Taken | None = None
-        self.lagged_scale: Tensor | None = None
-        """1 + s of the step before, where the composition takes that one; overwritten by a step."""
         self._bound: _Bound | None = None
-
-    def step_(
-        self,
-        x: Tensors,
-        gradient: Sequence[Tensor],
-        kind: Kind,
-        options: Options,
-        radius: Tensor,
-        decide: Callable[[Tensor], Tensor],
-    ) -> Settled | None:
-        """Update the state and move the parameters, in place; as :meth:`TwoPass.step_`."""
-        work, code, bound, held = self._prepared(x, gradient, kind, options)
-        radius = radius.to(torch.float64)
-        lagged = None if self.lagged_scale is None else self.lagged_scale.to(torch.float64)
-        library().soaa_look(
-            ctypes.byref(work), code, int(self.formula.needs_sums), _at(bound.sums), _at(bound.finite)
-        )
-        finite = decide(bound.finite.clone())
-        self._move(bound, code, _at(finite), _at(radius), None if lagged is None else _at(lagged))
-        bound.seen += finite
-        del held
-        if self.lagged_scale is not None:
-            own = torch.nan_to_num(bound.found[3], nan=1.0)
-            self.lagged_scale.copy_(torch.where(finite, own, self.lagged_scale))
-        self.taken = Taken(bound.found.to(x.steps[0].dtype, copy=True), finite)
-        return None
 
     def step_on_host_(
         self,
@@ -196,32 +154,22 @@ class NativePasses:
         options: Options,
         radius: float,
         lagged: float | None,
-    ) -> tuple[bool, list[float]]:
-        """As :meth:`step_`, for one process without a scaler, in numbers.
-
-        Args:
-            x: the tensors.
-            gradient: ``.grad`` as it is.
-            kind: of the tensors.
-            options: hyperparameters.
-            radius: d.
-            lagged: 1 + s of the step before, where the composition takes that one.
-
-        Returns:
-            whether the step was taken, and P, ‖ηu‖², the elements inside the box and 1 + s of its own sums.
-        """
+        decide: Callable[[bool], bool],
+    ) -> Found | None:
+        """As :class:`optimizers.compiled.host_path.HostPasses`."""
         work, code, bound, held = self._prepared(x, gradient, kind, options)
         library().soaa_look(
             ctypes.byref(work), code, int(self.formula.needs_sums), bound.at_sums, bound.at_finite
         )
-        finite = bool(bound.finite_on_host)
-        if not finite:
-            return False, [math.nan] * 4
+        if not decide(bool(bound.finite_on_host)):
+            return None
         scale = None if lagged is None else ctypes.byref(ctypes.c_double(lagged))
-        self._move(bound, code, bound.at_finite, ctypes.byref(ctypes.c_double(radius)), scale)
-        bound.seen_on_host += 1.0
+        self._move(bound, code, ctypes.byref(ctypes.c_double(radius)), scale)
+        bound.seen += 1.0
         del held
-        return True, bound.found_on_host.tolist()
+        values = bound.found_on_host.tolist()
+        own = 1.0 if math.isnan(values[3]) else values[3]
+        return Found(values[0], own, lambda: torch.tensor(values[:3], dtype=torch.float64))
 
     def _prepared(
         self, x: Tensors, gradient: Sequence[Tensor], kind: Kind, options: Options
@@ -240,7 +188,7 @@ class NativePasses:
             work.key = int(key_of(self.seed, bound.seen[0, 0]))
         return work, code, bound, (pointers, table)
 
-    def _move(self, bound: _Bound, code: int, finite: Any, radius: Any, lagged: Any) -> None:
+    def _move(self, bound: _Bound, code: int, radius: Any, lagged: Any) -> None:
         """The second pass, and the counts."""
         passes, scales = library(), int(self.formula.needs_sums)
         passes.soaa_move(
@@ -251,22 +199,14 @@ class NativePasses:
             self.rule,
             ctypes.c_double(bound.size),
             bound.at_sums,
-            finite,
+            _TAKEN,
             radius,
             lagged,
             bound.at_mass,
             bound.at_found,
         )
-        passes.soaa_count(ctypes.c_int64(len(bound.counts)), bound.at_counts, bound.wide, finite)
+        passes.soaa_count(ctypes.c_int64(len(bound.counts)), bound.at_counts, bound.wide, _TAKEN)
         torch.autograd.graph.increment_version(bound.versions)  # as every in-place operation does
-
-    def settle(self, x: Tensors, kind: Kind) -> Settled | None:
-        """What the last step predicted, if nobody has asked yet."""
-        if self.taken is None:
-            return None
-        predicted, square, inside, _ = self.taken.found.unbind()
-        self.taken = None
-        return Settled(predicted, square.sqrt(), inside / x.size)
 
     def _table(self, bound: _Bound, options: Options) -> array[float]:
         """The numbers of every class: sign, β₁, β₂, ε, η, λ, and the logarithms of both decays."""

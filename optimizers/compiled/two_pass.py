@@ -107,9 +107,6 @@ class TwoPass:
         self.taken: Taken | None = None
         """The last step, until it is settled."""
 
-    #: Whether a step's prediction is known as soon as it is taken.
-    at_once = False
-
     def step_(
         self,
         x: Tensors,

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from optimizers import SOAA, Adam, AdamW, SecondOrder, blocked
+from optimizers.step_paths import StepPaths
 
 
 def run(make, dtype: torch.dtype) -> tuple[torch.nn.Module, SecondOrder]:
@@ -30,19 +31,23 @@ def run(make, dtype: torch.dtype) -> tuple[torch.nn.Module, SecondOrder]:
         lambda m: SOAA(m.parameters(), lr=1e-2, total_steps=30, weight_decay=0.1),
         lambda m: SOAA(m.parameters(), lr=1e-2, total_steps=30, prediction="model"),
         lambda m: SOAA([{"params": m[0].parameters(), "lr": 1e-3}, {"params": m[2].parameters()}], lr=1e-2),
-        lambda m: AdamW(m.parameters(), lr=1e-2, maximize=False),
+        lambda m: AdamW(m.parameters(), lr=1e-5, maximize=True),
         lambda m: Adam(m.parameters(), lr=1e-2),
+        lambda m: SOAA(m.parameters(), lr=1e-2, total_steps=30, fisher_scale="lagged"),
     ],
 )
-@pytest.mark.parametrize("size", [64, 1 << 17])
-def test_block_by_block_equals_the_general_step(make, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("size", "small"), [(64, 0), (1 << 17, 1 << 15), (130, 100)])
+def test_block_by_block_equals_the_general_step(
+    make, size: int, small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
-    original = blocked.step_
+    original = blocked.BlockedPasses.step_on_host_
     monkeypatch.setattr(blocked, "BLOCK", size)
-    monkeypatch.setattr(blocked, "step_", lambda *a: calls.append(1) or original(*a))
+    monkeypatch.setattr(blocked, "SMALL", small)
+    monkeypatch.setattr(blocked.BlockedPasses, "step_on_host_", lambda *a: calls.append(1) or original(*a))
     model, optimizer = run(make, torch.float64)
     assert len(calls) == 30
-    monkeypatch.setattr(blocked, "suits", lambda *a: False)
+    monkeypatch.setattr(StepPaths, "_built", lambda *a: None)
     general, reference = run(make, torch.float64)
     assert len(calls) == 30
     for p, q in zip(model.parameters(), general.parameters(), strict=True):
