@@ -28,6 +28,7 @@ from curvature.kronecker.output_curvature import (
     OutputCurvature,
     output_curvature,
 )
+from curvature.kronecker.proofs import Proofs
 from curvature.kronecker.send_back import Accumulators, SendBack
 from curvature.kronecker.spare import Spare
 from curvature.layer_io import Recorder
@@ -49,7 +50,7 @@ class _Live:
     layout: Layout | None = None
     proven: Likelihood | None = None
     said: set[str] = field(default_factory=set)
-    proven_rows: dict[tuple[object, ...], int | None] = field(default_factory=dict)
+    proofs: Proofs = field(default_factory=Proofs)
     spare: Spare = field(default_factory=Spare)
     first: FirstInputs | None = None
 
@@ -247,8 +248,11 @@ class KroneckerEstimator(Estimator):
         used = measurement.block_calls(layout, trace, modules, params)
         found = self._output_curvature(graph)
         samples = sample_count(found.weights)
-        used = measurement.spread_over_samples(used, trace, samples)
         scales = measurement.scale_calls(layout, trace, modules, params, samples)
+        self._live.proofs.name = type(self).__name__
+        if self.fisher != "forward-only":  # which takes no gradient, and needs none
+            scales = self._live.proofs.with_products(graph, layout, used, scales, trace)
+        used = measurement.spread_over_samples(used, trace, samples)
         used, scales = self._proven(graph, found, used, scales, samples)
         # With an interval the memory is free between measurements, for whoever needs it then.
         spare = self._live.spare if self.factor_interval == 1 else Spare()
@@ -291,33 +295,12 @@ class KroneckerEstimator(Estimator):
         scales: Sequence[measurement.ScaleCalls],
         samples: int,
     ) -> tuple[list[measurement.BlockCalls], list[measurement.ScaleCalls]]:
-        """The blocks' uses with the samples' axis of each, and the layers of scales and shifts that have it first.
-
-        Each use is looked at once.
-
-        Raises:
-            ValueError: for a block whose rows are not those of the samples.
-        """
+        """The uses with the samples' axis of each, where it matters whose a row is."""
         together = self.fisher in ("type-2", "empirical")
         by_sample = self._by_sample or self.sharing == "reduce" or sample_rows.uneven(found.weights)
         if samples == 1 or (self.fisher == "forward-only" and not by_sample):
             return list(used), list(scales)
-        asked = sample_rows.doubts(used, scales, samples, together, by_sample)
-        proven = self._live.proven_rows
-        new = [d for d in asked if d.key not in proven]
-        if new:
-            proven.update(sample_rows.prove(graph, found, new, samples))
-        axes = {d.key: proven[d.key] for d in asked}
-        lost = {key[:2] for key, axis in axes.items() if axis is None}
-        for kind, name in lost:
-            if kind == "block":
-                raise ValueError(
-                    f"a position of {name!r} belongs to several samples, or not to the sample that its place says, so "
-                    f"{type(self).__name__} cannot form each sample's gradient: keep the samples in dim 0 of inputs "
-                    f"and outputs, or pass exclude=({name!r},) to treat the layer by the exact diagonal"
-                )
-        kept = [s for s in scales if ("scale", s.layer.module) not in lost]
-        return sample_rows.with_axes(used, axes, samples, together, by_sample), kept
+        return self._live.proofs.with_axes(graph, found, used, scales, samples, together, by_sample)
 
     @property
     def _by_sample(self) -> bool:

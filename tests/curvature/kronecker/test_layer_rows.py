@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from curvature import EKFAC, KFAC, estimate
 from curvature.kronecker.layout import build_layout
 from curvature.kronecker.measurement import block_calls
 from curvature.kronecker.operator import gather
 from curvature.layer_io import Recorder
 from tests.curvature import dense
+from tests.curvature.cases import classes, reals, seeded
 
 
 def gradients_from_rows(
@@ -170,3 +175,41 @@ def test_in_place_activation_on_a_view_of_the_output() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2), nn.SiLU(inplace=True))
     check(model, torch.randn(2, 5, 3))  # with three axes and a bias, a linear layer returns a view
     check(nn.Sequential(nn.Conv1d(2, 3, 2), nn.ReLU(inplace=True)), torch.randn(2, 2, 5))
+
+
+def replaced_forward(layer: nn.Module) -> None:
+    before = layer.forward
+    layer.forward = lambda x: 2 * before(x)  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda layer: layer.register_forward_hook(lambda m, x, out: 2 * out), replaced_forward],
+    ids=["a hook", "a replaced forward"],
+)
+@pytest.mark.parametrize("kind", [KFAC, EKFAC])
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(3, 3), nn.LayerNorm(3), nn.Embedding(3, 3)], ids=lambda m: type(m).__name__
+)
+def test_a_layer_that_computes_something_else_is_refused(
+    layer: nn.Module, kind: type[KFAC | EKFAC], change: Any
+) -> None:
+    model = seeded(nn.Sequential(copy.deepcopy(layer), nn.Tanh(), nn.Linear(3, 3)))
+    x = classes(4) if isinstance(layer, nn.Embedding) else reals(4, 3)
+    batches = [(x, classes(4))]
+    estimate(kind(model), model, nn.CrossEntropyLoss(), batches)
+    change(model[0])
+    exclude = ("0",)
+    if isinstance(layer, nn.LayerNorm):
+        exclude = ()  # its diagonal needs no rule
+    else:
+        with pytest.raises(
+            RuntimeError, match=r"'0' does not compute what its layer rule says.*exclude=\('0',\)"
+        ):
+            estimate(kind(model), model, nn.CrossEntropyLoss(), batches)
+    params = list(model.parameters())
+    z = model(x)
+    G = dense.gauss_newton(nn.CrossEntropyLoss()(z, batches[0][1]), z, params).diagonal()
+    excluded = estimate(kind(model, exclude=exclude), model, nn.CrossEntropyLoss(), batches).diagonal()
+    size = sum(p.numel() for p in model[0].parameters())
+    torch.testing.assert_close(dense.flat(excluded)[:size], G[:size])
