@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +89,7 @@ class KroneckerEstimator(Estimator):
     inverse_interval: int = 1
     max_dim: int | None = 8192
     exclude: Sequence[str] = ()
+    between_samples: Literal["refuse", "drop"] = "refuse"
     _live: _Live = field(init=False, repr=False, compare=False, default_factory=_Live)
 
     semidefinite = True
@@ -105,6 +106,13 @@ class KroneckerEstimator(Estimator):
             )
         if self.sharing not in ("expand", "reduce"):
             raise ValueError(f"sharing must be 'expand' or 'reduce', got {self.sharing!r}")
+        if self.between_samples not in ("refuse", "drop"):
+            raise ValueError(f"between_samples must be 'refuse' or 'drop', got {self.between_samples!r}")
+        if self.between_samples == "drop" and self.fisher == "type-2":
+            raise ValueError(
+                "between_samples='drop' does not go with fisher='type-2', which sends back the vectors of all samples "
+                "at once, where they would meet: use fisher='mc'"
+            )
         if self.likelihood is not None and self.likelihood not in LIKELIHOODS:
             raise ValueError(
                 f"likelihood must be one of {', '.join(map(repr, LIKELIHOODS))}, got {self.likelihood!r}"
@@ -241,9 +249,11 @@ class KroneckerEstimator(Estimator):
             # The forward pass ran before this step was known to be due (a state was loaded): wait for the next.
             recorder.enabled = True
             return {}
-        refuse_coupled_samples(self.model)
-        if self._live.first is not None:
-            refuse_per_sample(self._live.first.verdict(), self.model)
+        apart = self.between_samples == "refuse"
+        if apart:
+            refuse_coupled_samples(self.model)
+            if self._live.first is not None:
+                refuse_per_sample(self._live.first.verdict(), self.model)
         modules = dict(self.model.named_modules())
         used = measurement.block_calls(layout, trace, modules, params)
         found = self._output_curvature(graph)
@@ -253,7 +263,8 @@ class KroneckerEstimator(Estimator):
         if self.fisher != "forward-only":  # which takes no gradient, and needs none
             scales = self._live.proofs.with_products(graph, layout, used, scales, trace)
         used = measurement.spread_over_samples(used, trace, samples)
-        used, scales = self._proven(graph, found, used, scales, samples)
+        if apart:
+            used, scales = self._proven(graph, found, used, scales, samples)
         # With an interval the memory is free between measurements, for whoever needs it then.
         spare = self._live.spare if self.factor_interval == 1 else Spare()
         statistics = self._zeros(state, layout, params, spare)
@@ -419,5 +430,6 @@ def refuse_coupled_samples(model: nn.Module) -> None:
     if name is not None:
         raise ValueError(
             f"batch norm {name!r} is in training mode, where samples depend on each other and have no curvature of "
-            "their own: freeze its statistics with .eval(), or use a norm that treats samples alone (GroupNorm)"
+            "their own: freeze its statistics with .eval(), use a norm that treats samples alone (GroupNorm), or leave "
+            "out what is between samples with between_samples='drop'"
         )

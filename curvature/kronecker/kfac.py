@@ -46,6 +46,11 @@ class KFAC(DividedBases):
             after the first step none refreshes more than ⌈layers / inverse_interval⌉; sooner while steps are few.
         max_dim: largest factor; a layer that needs a larger one is treated by the diagonal.
         exclude: names of modules to treat by the diagonal, with all below them.
+        between_samples: where a batch norm in training mode, or anything else, mixes samples: ``"refuse"`` is an error;
+            with ``"drop"`` the curvature is what each sample's row of a layer contributes by itself, with the gradient
+            that reaches it through the batch's statistics. Terms between the rows of two samples are left out, as
+            ``"expand"`` leaves out those between two positions of a sequence. It is exact nowhere, and what K-FAC for
+            residual networks commonly is. Samples must be in dim 0 of every layer; not with ``"type-2"``.
         damping_kind: ``"exact"``: (B + λI)⁻¹ through the eigenbasis; ``"factored"``: each factor is damped by
             itself, split by π, the approximation of the original paper. It keeps two formed inverses a layer and no
             eigenbasis (with ``inverses="everywhere"``), for half the products and a fraction of the refresh.

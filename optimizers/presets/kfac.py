@@ -62,6 +62,8 @@ class KFAC(SecondOrder):
         params: parameters or groups to optimise in place of the model's.
         trust_region: in place of KL ellipsoid and damping, which must then be left at their defaults.
         exclude: names of modules to treat by the diagonal.
+        between_samples: ``"refuse"`` or ``"drop"``, for models with a batch norm in training mode; see
+            :class:`curvature.KFAC`.
         inverses: where ranks keep eigenbases, ``"everywhere"`` or with their ``"owner"``; see :class:`curvature.KFAC`
             and :class:`curvature.EKFAC`.
         damping_kind: ``"factored"`` (the paper's, section 6.3: each factor is damped by itself) or ``"exact"``;
@@ -113,6 +115,7 @@ class KFAC(SecondOrder):
         params: ParamsT | None = None,
         trust_region: TrustRegion | None = None,
         exclude: Sequence[str] = (),
+        between_samples: Literal["refuse", "drop"] = "refuse",
         inverses: Literal["everywhere", "owner"] = "everywhere",
         damping_kind: Literal["exact", "factored"] | None = None,
         trials: Literal["every", "due"] = "every",
@@ -128,6 +131,7 @@ class KFAC(SecondOrder):
             factor_interval=factor_interval,
             inverse_interval=inverse_interval,
             exclude=exclude,
+            between_samples=between_samples,
             inverses=inverses,
             **self._damping_options(damping_kind),
         )

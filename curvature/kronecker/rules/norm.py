@@ -64,13 +64,15 @@ class InstanceNormRule(ChannelNormRule):
 
 
 class BatchNormRule(ChannelNormRule):
-    """``torch.nn.BatchNorm1d``, ``BatchNorm2d`` and ``BatchNorm3d`` with frozen statistics (``.eval()``)."""
+    """``torch.nn.BatchNorm1d``, ``BatchNorm2d`` and ``BatchNorm3d``, with frozen statistics or the batch's."""
 
     layers = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
     def normalised(self, module: nn.Module, x: Tensor) -> Tensor:
         norm = cast(nn.modules.batchnorm._BatchNorm, module)
-        return functional.batch_norm(x, norm.running_mean, norm.running_var, None, None, False, 0.0, norm.eps)
+        own = norm.training or (norm.running_mean is None and norm.running_var is None)
+        mean, var = (None, None) if own else (norm.running_mean, norm.running_var)
+        return functional.batch_norm(x, mean, var, None, None, own, 0.0, norm.eps)
 
 
 for rule in (LayerNormRule(), RMSNormRule(), GroupNormRule(), InstanceNormRule(), BatchNormRule()):
