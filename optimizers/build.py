@@ -42,7 +42,7 @@ def build(
 
     Raises:
         UnknownNameError: for a name that no entry has, with the nearest ones.
-        TypeError: for an option that no part takes, or that two parts take.
+        TypeError: for an option that no part takes, that two parts take, or that a part needs and was not given.
         ValueError: for curvature that may be indefinite beside a trust region that cannot take it.
 
     >>> import torch
@@ -88,6 +88,8 @@ def build(
     for_region.update(trust_region_options or {})
     if takes_model(estimator):
         for_curvature.setdefault("model", model)
+    check_required(estimator, f"curvature {curvature!r}", for_curvature)
+    check_required(region, f"trust region {trust_region!r}", for_region)
     what, where = estimator(**for_curvature), region(**for_region)
     if not convex:
         check_pair(what, where)
@@ -107,6 +109,19 @@ def parameters_of(factory: Callable[..., Any]) -> list[str]:
         ):
             names += OPTIONS
     return names
+
+
+def check_required(factory: Callable[..., Any], part: str, given: Mapping[str, Any]) -> None:
+    """Name the options without which a part cannot be made."""
+    missing = [
+        name
+        for name, parameter in inspect.signature(factory).parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        and name not in given
+    ]
+    if missing:
+        raise TypeError(f"{part} needs {' and '.join(f'{name}=' for name in missing)}: build(model, …, {missing[0]}=…)")
 
 
 def takes_model(factory: Callable[..., Any]) -> bool:

@@ -294,6 +294,8 @@ def test_parts_that_do_not_fit_are_refused_when_held_together(make: Callable[[],
             "no part takes an option",
         ),
         ({"optimizer": "arc", "trust_region": "ratio"}, TypeError, "not both"),
+        ({"curvature": "fisher-diagonal"}, TypeError, r"'fisher-diagonal' needs likelihood=: build\(model"),
+        ({"curvature": "low-rank", "trust_region": "ratio"}, TypeError, "'low-rank' needs rank=: build"),
     ],
 )
 def test_pairs_and_options_that_cannot_work_are_refused_by_build(
