@@ -87,7 +87,7 @@ class EKFAC(DividedBases):
         shapes["moments"] = shape_of_moments(block)
         return {k: v for k, v in shapes.items() if k not in self.gathered_keys}
 
-    def estimate(self, problem: Problem) -> KroneckerOperator:
+    def _estimated(self, problem: Problem) -> KroneckerOperator:
         """One shot over batches, which are gone over twice."""
         state = self.init(problem.params)
         for look in range(2):

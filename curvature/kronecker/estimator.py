@@ -212,7 +212,14 @@ class KroneckerEstimator(Estimator):
     # -- measuring -------------------------------------------------------------------------------------------
 
     def estimate(self, problem: Problem) -> KroneckerOperator:
-        """One shot over batches; the samples' own weights are then known from the loss itself."""
+        """One shot over batches; once more where a layer turns out to be routed that was taken for another."""
+        operator = self._estimated(problem)
+        if self._live.proofs.routed.mistaken():
+            operator = self._estimated(problem)
+        return operator
+
+    def _estimated(self, problem: Problem) -> KroneckerOperator:
+        """The samples' own weights are known from the loss itself."""
 
         def measure(state: State, evaluation: Evaluation) -> Statistics:
             return self._measure(state, evaluation.graph, self._own_weights(problem, evaluation))
@@ -277,7 +284,8 @@ class KroneckerEstimator(Estimator):
         for calls in used:
             i, kind = calls.block.root, "_transposed" if calls.block.is_transposed else ""
             A, mass = (cast("list[Tensor]", statistics[key + kind]) for key in ("A", "mass"))
-            measurement.add_inputs_(A[i], mass[i], calls, found, self.sharing, unwritten, spare.room)
+            routed = self._live.proofs.routed
+            measurement.add_inputs_(A[i], mass[i], calls, found, self.sharing, unwritten, spare.room, routed)
         diagonal = cast("list[Tensor]", statistics["diagonal"])
         into = self._accumulators(state, layout, statistics)
         scaled = {i for s in scales for _, i in s.layer.parameters}

@@ -24,17 +24,20 @@ from curvature.room import Room
 Sharing = Literal["expand", "reduce"]
 
 
-def row_weights(weights: Tensor, lead: Sequence[int], where: str) -> Tensor:
+def row_weights(weights: Tensor, lead: Sequence[int], where: str, routed: bool = False) -> Tensor:
     """The weight of every row of a layer, from the weights of the positions of z.
 
     Rows that are the positions of z have their weights. Otherwise a sample's weight is spread evenly over its
-    rows. Rows that cannot be told apart by sample are weighted alike if all samples are. That rows are those of
-    the samples is proven elsewhere (:mod:`curvature.kronecker.sample_rows`).
+    rows. Rows that cannot be told apart by sample weigh as a position of z each, or as a sample where they have
+    positions of their own, if all samples weigh alike: however many rows there are, so that the batches of a layer
+    that sees some of them only (routing) fit together. That rows are those of the samples is proven elsewhere
+    (:mod:`curvature.kronecker.sample_rows`).
 
     Args:
         weights: c, shaped like the positions of z, (N, T…).
         lead: the shape of the layer's positions.
         where: the layer, for the message.
+        routed: whether the layer is known to see some rows only, so that as many as there are samples mean nothing.
 
     Raises:
         ValueError: where rows cannot be assigned to samples although the samples' weights differ.
@@ -44,6 +47,8 @@ def row_weights(weights: Tensor, lead: Sequence[int], where: str) -> Tensor:
             [1.0000, 1.0000]])
     """
     lead = tuple(lead)
+    if routed and len(lead) == 1 and not uneven(weights):
+        return weights.mean().expand(lead)
     if lead == tuple(weights.shape):
         return weights
     c = sample_weights(weights)
@@ -55,15 +60,22 @@ def row_weights(weights: Tensor, lead: Sequence[int], where: str) -> Tensor:
     if c.shape[0] == 1:  # all rows are the one sample's
         if [n for n in lead if n != 1] == [n for n in weights.shape if n != 1]:
             return weights.reshape(lead)
-        return (c / max(math.prod(lead), 1)).expand(lead)
+        if uneven(weights):
+            return (c / max(math.prod(lead), 1)).expand(lead)
     if not uneven(weights):
-        if math.prod(lead) % c.shape[0]:  # some samples or positions only (routing): a row weighs as one of z's
-            return weights.mean().expand(lead)
-        return (weights.sum() / max(math.prod(lead), 1)).expand(lead)
+        one = weights.mean() if len(lead) == 1 else c.mean() / max(math.prod(lead[1:]), 1)
+        return one.expand(lead)
     raise ValueError(
         f"{where} was called with positions of shape {lead}, the loss weighs outputs of shape {tuple(weights.shape)} "
         "unevenly, so which sample a row belongs to is not known: keep the samples in dim 0, or exclude this layer"
     )
+
+
+def sees_some(weights: Tensor, lead: Sequence[int]) -> bool:
+    """Whether a layer's rows are neither those of the samples nor the positions of z, so that it is a routed one."""
+    lead = tuple(lead)
+    known = lead == tuple(weights.shape) or lead[0] == sample_count(weights) or _flattened(lead, weights)
+    return len(lead) == 1 and not known
 
 
 def _flattened(lead: Sequence[int], weights: Tensor) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -131,6 +131,32 @@ def block_calls(
     return found
 
 
+@dataclass
+class Routed:
+    """The modules that get some rows only, as a router deals them out; found by rows that are no whole samples.
+
+    Args:
+        some: their names.
+        all: names of modules that got as many rows as there are samples, which a routed one may by chance.
+    """
+
+    some: set[str] = field(default_factory=set)
+    all: set[str] = field(default_factory=set)
+
+    def look(self, name: str, weights: Tensor, lead: tuple[int, ...]) -> bool:
+        """Whether the module is known to get some rows only, this call included."""
+        if factors.sees_some(weights, lead):
+            self.some.add(name)
+        elif lead == weights.shape[:1] and weights.dim() > 1 and name not in self.some:
+            self.all.add(name)
+        return name in self.some
+
+    def mistaken(self) -> bool:
+        """Whether a module was taken for one that gets all samples, and turned out to be routed; forgets it."""
+        found, self.all = not self.all.isdisjoint(self.some), set()
+        return found
+
+
 class Unwritten:
     """Which factors were allocated but hold nothing yet: writing zeros that a product then overwrites costs a pass.
 
@@ -184,6 +210,7 @@ def add_inputs_(
     sharing: Sharing,
     unwritten: Unwritten,
     room: Room,
+    routed: Routed,
 ) -> None:
     """A += Σ w a aᵀ and mass += Σ w, in place.
 
@@ -195,13 +222,15 @@ def add_inputs_(
         sharing: how positions become rows.
         unwritten: where A may be known to hold nothing yet.
         room: memory for weighted rows.
+        routed: which modules were seen to get some rows only; those found here join them.
     """
     block = used.block
     rows, weights = [], []
     for call in used.calls:
         a = call.input_rows(block.rule)
         lead = positions(a.shape[1:] if block.diagonal_input else a.shape[1:-1])
-        w = factors.row_weights(found.weights, lead, repr(call.name)).to(A.dtype)
+        known = routed.look(call.name, found.weights, lead)
+        w = factors.row_weights(found.weights, lead, repr(call.name), known).to(A.dtype)
         if not block.diagonal_input:
             a = a.reshape(a.shape[0], math.prod(lead), a.shape[-1])
             if sharing == "reduce":

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from curvature.kronecker import sample_rows
 from curvature.kronecker.layout import Layout
-from curvature.kronecker.measurement import BlockCalls, ScaleCalls
+from curvature.kronecker.measurement import BlockCalls, Routed, ScaleCalls
 from curvature.kronecker.output_curvature import OutputCurvature
 from curvature.kronecker.row_proof import refuse_other_products
 from curvature.layer_io import Trace
@@ -22,12 +22,14 @@ class Proofs:
         name: the estimator's class, for messages.
         products: the uses whose rows multiply to their gradients.
         other_scales: the layers of scales and shifts of which that is not so.
+        routed: the modules that get some rows only.
         axes: by use, the axis of its positions that is the samples'; ``None`` where none is.
     """
 
     name: str = ""
     products: set[tuple[str, str, int]] = field(default_factory=set)
     other_scales: set[str] = field(default_factory=set)
+    routed: Routed = field(default_factory=Routed)
     axes: dict[tuple[object, ...], int | None] = field(default_factory=dict)
 
     def with_products(

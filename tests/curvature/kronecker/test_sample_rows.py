@@ -12,7 +12,7 @@ from torch.nn import functional
 from curvature import EKFAC, KFAC, LossGraph, estimate
 from curvature.kronecker import sample_rows
 from tests.curvature import dense
-from tests.curvature.cases import Call
+from tests.curvature.cases import Call, classes, reals, seeded
 from tests.curvature.kronecker.reference import module_gauss_newton
 
 TIGHT = 1e-10
@@ -224,3 +224,49 @@ def test_each_use_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
             state, LossGraph(functional.cross_entropy(z, torch.zeros(size, dtype=torch.long)), params, z)
         )
     assert seen == [3]
+
+
+class TokenRouter(nn.Module):
+    """Tokens of all samples are dealt out to two layers by their values: any number of rows, some by chance N."""
+
+    def __init__(self, by_token: bool) -> None:
+        super().__init__()
+        self.experts, self.head = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)]), nn.Linear(3, 3)
+        self.by_token = by_token
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, 1)
+        place = (tokens[:, 0] > 0.3).long()
+        out = tokens.new_zeros(tokens.shape)
+        for k, expert in enumerate(self.experts):
+            out[place == k] = torch.tanh(expert(tokens[place == k]))
+        z = self.head(out.view(x.shape))
+        return z.transpose(1, 2) if self.by_token else z.mean(1)
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+@pytest.mark.parametrize("cuts", [(4, 6), (3, 6), (1, 6), (1, 2, 3, 4, 5, 6)], ids=str)
+def test_a_router_of_tokens_is_the_same_however_the_batch_is_split(
+    by_token: bool, cuts: tuple[int, ...]
+) -> None:
+    model = seeded(TokenRouter(by_token))
+    x, y = reals(6, 4, 3), classes(6, 4) if by_token else classes(6)
+    parts = [(x[a:b], y[a:b]) for a, b in zip((0, *cuts), cuts, strict=False)]
+    whole = estimate(KFAC(model), model, nn.CrossEntropyLoss(), [(x, y)]).to_dense()
+    split = estimate(KFAC(model), model, nn.CrossEntropyLoss(), parts).to_dense()
+    torch.testing.assert_close(split, whole, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("cuts", [(3, 4), (1, 4), (2, 4)], ids=str)
+def test_a_layer_called_sample_by_sample_is_the_layer_called_once(cuts: tuple[int, ...]) -> None:
+    def alone(m: Any, x: Tensor) -> Tensor:
+        return m.h(torch.stack([m.c(one).flatten(1).mean(1) for one in x]))
+
+    def together(m: Any, x: Tensor) -> Tensor:
+        return m.h(m.c(x).flatten(2).mean(2))
+
+    models = [seeded(Call(f, c=nn.Conv2d(2, 2, 2), h=nn.Linear(2, 3))) for f in (alone, together)]
+    x, y = reals(4, 2, 3, 3), classes(4)
+    parts = [(x[a:b], y[a:b]) for a, b in zip((0, *cuts), cuts, strict=False)]
+    found, expected = (estimate(KFAC(m), m, nn.CrossEntropyLoss(), parts).to_dense() for m in models)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
