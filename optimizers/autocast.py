@@ -30,7 +30,7 @@ class Autocast:
     @classmethod
     def found(cls, device: torch.device) -> Autocast:
         """Those of the processor, of this device's type and of the usual accelerators."""
-        kinds = KINDS
+        kinds: tuple[str, ...] = KINDS
         if device.type not in KINDS and torch.amp.is_autocast_available(device.type):
             kinds = (*KINDS, device.type)
         open_now = [kind for kind in kinds if torch.is_autocast_enabled(kind)]
