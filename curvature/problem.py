@@ -139,6 +139,11 @@ def trainable_parameters(model: nn.Module) -> list[Tensor]:
                 f"{name!r} has scale_grad_by_freq=True, so that its gradient belongs to no loss, and has no "
                 "curvature: set it to False, or freeze the layer"
             )
+        if trained and getattr(module, "sparse", False) is True:
+            raise ValueError(
+                f"{name!r} has sparse=True, whose sparse gradients no curvature here can take: set it to False, the "
+                "gradient is the same"
+            )
     for name, p in model.named_parameters():
         if p.requires_grad and p.is_complex():
             raise ValueError(f"parameter {name!r} is complex; view it as real (torch.view_as_real)")

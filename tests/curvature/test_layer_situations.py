@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -29,7 +30,13 @@ LOSS = nn.CrossEntropyLoss()
 
 
 def instance_norm() -> tuple[nn.Module, Tensor]:
-    layers = nn.Conv2d(2, 3, 2), nn.InstanceNorm2d(3, affine=True), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    layers = (
+        nn.Conv2d(2, 3, 2),
+        nn.InstanceNorm2d(3, affine=True),
+        nn.Tanh(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
     return seeded(nn.Sequential(*layers)), reals(N, 2, 4, 4)
 
 
@@ -61,7 +68,9 @@ def test_gradients_scaled_by_frequency_belong_to_no_loss(estimator: Any) -> None
     make = lambda m, x: m.b(m.a(x).mean(1))  # noqa: E731
     model = seeded(Call(make, a=nn.Embedding(5, 3, scale_grad_by_freq=True), b=nn.Linear(3, 3)))
     tokens = torch.tensor([[0, 0], [1, 2], [0, 3], [4, 4]])
-    with pytest.raises(ValueError, match=r"'a' has scale_grad_by_freq=True.*belongs to no loss.*set it to False"):
+    with pytest.raises(
+        ValueError, match=r"'a' has scale_grad_by_freq=True.*belongs to no loss.*set it to False"
+    ):
         estimate(estimator, model, LOSS, [(tokens, Y)])
     model.a.weight.requires_grad_(False)
     estimate(estimator, model, LOSS, [(tokens, Y)])
@@ -97,6 +106,7 @@ def test_a_layer_that_sees_some_samples_has_the_same_factors_however_the_batch_i
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 def test_samples_in_the_second_axis_may_come_one_by_one(kind: Any, sharing: Any) -> None:
     """Positions that count differently (only the first two of three), in batches of one sample as in one of four."""
+
     def forward(m: Any, x: Tensor) -> Tensor:
         return m.b(torch.tanh(m.a(x.transpose(0, 1)))).transpose(0, 1)
 
@@ -107,7 +117,9 @@ def test_samples_in_the_second_axis_may_come_one_by_one(kind: Any, sharing: Any)
     x, y = reals(N, 3, 4), classes(N, 3)
     estimator = kind(model, sharing=sharing)
     whole = estimate(estimator, model, loss, [(x, y)]).to_dense()
-    alone = estimate(kind(model, sharing=sharing), model, loss, [(x[n : n + 1], y[n : n + 1]) for n in range(N)])
+    alone = estimate(
+        kind(model, sharing=sharing), model, loss, [(x[n : n + 1], y[n : n + 1]) for n in range(N)]
+    )
     assert dense.relative_error(alone.to_dense(), whole) < 1e-9
 
 
@@ -123,8 +135,21 @@ def test_ekfac_does_not_depend_on_the_eigenvectors_of_equal_eigenvalues(sharing:
     whole = estimate(EKFAC(model, sharing=sharing), model, LOSS, [(x, Y)])
     values = whole.blocks[0].eigenvalues_a.flatten().sort().values
     assert float((values.diff() / values[-1]).min()) < 1e-10  # the premise
-    split = estimate(EKFAC(model, sharing=sharing), model, LOSS, [(x[n : n + 1], Y[n : n + 1]) for n in range(N)])
+    split = estimate(
+        EKFAC(model, sharing=sharing), model, LOSS, [(x[n : n + 1], Y[n : n + 1]) for n in range(N)]
+    )
     assert dense.relative_error(split.to_dense(), whole.to_dense()) < 1e-9
     z = model(x)
     G = dense.gauss_newton(LOSS(z, Y), z, dense.trainable(model))
     assert abs(float(dense.flat(whole.diagonal()).sum() / G.trace()) - 1) < 1e-9
+
+
+@pytest.mark.parametrize("layer", [nn.Embedding(5, 3, sparse=True), nn.EmbeddingBag(5, 3, sparse=True)])
+def test_sparse_gradients_are_refused(layer: nn.Module) -> None:
+    model = seeded(Call(lambda m, x: m.b(m.a(x)), a=copy.deepcopy(layer), b=nn.Linear(3, 3)))
+    x = classes(4) if isinstance(layer, nn.Embedding) else classes(4, 2)
+    for estimator in (Hessian(), GaussNewtonDiagonal(), KFAC(model)):
+        with pytest.raises(ValueError, match=r"'a' has sparse=True.*set it to False"):
+            estimate(estimator, model, nn.CrossEntropyLoss(), [(x, classes(4))])
+    model.a.weight.requires_grad_(False)
+    estimate(Hessian(), model, nn.CrossEntropyLoss(), [(x, classes(4))])
