@@ -217,7 +217,8 @@ def pulled_back(use: Use, delta: Tensor, part: slice, room: Room | None = None) 
 
     with warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")  # vmap warns where it loops
-        return torch.func.vmap(one, randomness="error")(tuple(x[part] for x in use.inputs), d)
+        u = torch.func.vmap(one, randomness="error")(tuple(x[part] for x in use.inputs), d)
+        return cast(Tensor, u).clone()  # a shift's is the gradient itself, which others still read
 
 
 def token_sums(index: Tensor, d: Tensor, module: nn.Embedding) -> Tensor:

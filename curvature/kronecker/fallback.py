@@ -38,7 +38,8 @@ def add_squares_(into: Sequence[Tensor], graph: LossGraph, params: Sequence[Tens
             seeds[0] = v
         for s, gradients in zip(into, _per_sample(z, params, seeds), strict=True):
             if gradients is not None:
-                s.add_(gradients.to(s.dtype).square_().sum(0))
+                # not in place: gradients of two parameters may share their memory (a sum of both, one sample)
+                s.add_(gradients.to(s.dtype).square().sum(0))
 
 
 def _per_sample(z: Tensor, params: Sequence[Tensor], seeds: Tensor) -> Sequence[Tensor | None]:

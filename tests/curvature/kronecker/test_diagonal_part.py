@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from curvature import KFAC, estimate
+from curvature import KFAC, GaussNewtonDiagonal, estimate
 from tests.curvature import dense
+from tests.curvature.cases import Call, classes, reals, seeded
 
 TIGHT = 1e-10
 
@@ -175,3 +177,24 @@ def test_reparametrised_weights_go_to_the_diagonal() -> None:
         ours = diagonal_of(model, x, y, nn.CrossEntropyLoss())
     exact = gauss_newton_diagonal(model, x, y, nn.CrossEntropyLoss())
     assert dense.relative_error(ours, exact) < TIGHT
+
+
+@pytest.mark.filterwarnings("ignore:KFAC treats")
+@pytest.mark.parametrize("count", [1, 3])
+def test_parameters_that_are_added_do_not_share_their_squares(count: int) -> None:
+    """Of one sample their gradients are one tensor, or parts of one, as those of ViT's tokens and positions."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = torch.cat([m.token.expand(len(x), -1, -1), x], 1) + m.positions + m.more
+        return m.head(torch.tanh(h)).mean(1)
+
+    names = {"token": (1, 1, 2), "positions": (1, 3, 2), "more": (1, 3, 2)}
+    parameters = {name: nn.Parameter(torch.ones(shape)) for name, shape in names.items()}
+    model = seeded(Call(forward, **parameters, head=nn.Linear(2, 3)))
+    x, y = reals(count, 2, 2), classes(count)
+    params = dense.trainable(model)
+    z = model(x)
+    G = dense.gauss_newton(nn.CrossEntropyLoss()(z, y), z, params).diagonal()
+    for estimator in (KFAC(model), GaussNewtonDiagonal()):
+        found = dense.flat(estimate(estimator, model, nn.CrossEntropyLoss(), [(x, y)]).diagonal())
+        torch.testing.assert_close(found[: 2 + 6 + 6], G[: 2 + 6 + 6], rtol=1e-10, atol=1e-14)
