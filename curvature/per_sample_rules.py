@@ -218,7 +218,7 @@ def pulled_back(use: Use, delta: Tensor, part: slice, room: Room | None = None) 
     with warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")  # vmap warns where it loops
         u = torch.func.vmap(one, randomness="error")(tuple(x[part] for x in use.inputs), d)
-        return cast(Tensor, u).clone()  # a shift's is the gradient itself, which others still read
+        return u.clone()  # a shift's is the gradient itself, which others still read
 
 
 def token_sums(index: Tensor, d: Tensor, module: nn.Embedding) -> Tensor:
