@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 
-import optimizers
 from curvature import KFAC, EmpiricalFisherDiagonal, Hessian, LossGraph, estimate
 from curvature.problem import Problem
 from tests.benchmarks.test_products import Setting, gpt, mlp, peak_bytes
+from tests.benchmarks.training_steps import PEERS, STEPS, training_steps
 
 MODELS: dict[str, Callable[[], Setting]] = {"mlp": mlp, "gpt": gpt}
 
@@ -57,17 +57,6 @@ LIMITS: dict[str, dict[str, float]] = {
     },
 }
 """What is to hold; figures without a limit are there to compare with."""
-
-STEPS: dict[str, tuple[int, Callable[[torch.nn.Module], torch.optim.Optimizer]]] = {
-    "adamw": (1, lambda m: torch.optim.AdamW(m.parameters(), lr=1e-4, fused=True)),
-    "sophia-h": (10, lambda m: optimizers.SophiaH(m.parameters(), lr=1e-5)),
-    "adahessian": (1, lambda m: optimizers.AdaHessian(m.parameters(), lr=1e-3)),
-    "adahessian, interval 2": (2, lambda m: optimizers.AdaHessian(m.parameters(), lr=1e-3, interval=2)),
-    "soap": (10, lambda m: optimizers.SOAP(m.parameters(), lr=1e-4)),
-    "kfac": (20, lambda m: optimizers.KFAC(m, lr=0.1, damping="fixed")),
-    "kfac, factors every 10": (20, lambda m: optimizers.KFAC(m, lr=0.1, damping="fixed", factor_interval=10)),
-}
-"""Steps of one refresh interval, and how the optimizer is made; defaults but for the learning rate."""
 
 
 def quartiles(ratios: list[float]) -> dict[str, float]:
@@ -200,51 +189,6 @@ def found_peer(name: str) -> Any:
     return importlib.import_module(name) if importlib.util.find_spec(name) is not None else None
 
 
-def training_steps(
-    setting: Callable[[], Setting], intervals: int, presets: list[str]
-) -> dict[str, dict[str, float]]:
-    """Whole steps, the mean over whole intervals, AdamW's timed anew before and after each contender."""
-    made: dict[str, Callable[[], float]] = {}
-    for name, (_, make) in STEPS.items():
-        if name not in ("adamw", *presets):
-            continue
-        model, loss_fn, x, y = setting()
-        optimizer = make(model.train())
-
-        def step(
-            model: Any = model, loss_fn: Any = loss_fn, x: Any = x, y: Any = y, optimizer: Any = optimizer
-        ) -> float:
-            start = time.perf_counter()
-            optimizer.zero_grad()
-            outputs = model(x)
-            loss = loss_fn(outputs, y)
-            if isinstance(optimizer, optimizers.SecondOrder):
-                optimizer.backward(loss, outputs)
-            else:
-                loss.backward()
-            optimizer.step()
-            return time.perf_counter() - start
-
-        made[name] = step
-    found: dict[str, dict[str, float]] = {}
-    for name in presets:
-        interval, _ = STEPS[name]
-        # the first interval is for caches, and holds the refresh of every layer at once
-        for _ in range(interval + 1):
-            made[name]()
-        length = max(interval, 4) * intervals
-        beside = [made["adamw"]() for _ in range(10)][2:]
-        own = [made[name]() for _ in range(length)]
-        beside += [made["adamw"]() for _ in range(10)][2:]
-        reference, mean = statistics.median(beside), statistics.fmean(own)
-        found[f"step, {name}"] = {
-            "ratio": round(mean / reference, 3),
-            "worst step / mean": round(max(own) / mean, 3),
-            "adamw seconds": round(reference, 6),
-        }
-    return found
-
-
 def main() -> None:
     """Measure, print the table, and write it."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -254,7 +198,7 @@ def main() -> None:
     )
     parser.add_argument("--only", choices=["products", "diagonals", "factors", "steps"])
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    presets = [name for name in STEPS if name != "adamw"]
+    presets = [name for name in (*STEPS, *PEERS) if name != "adamw"]
     parser.add_argument("--presets", nargs="+", choices=presets, default=presets, help="whose whole steps")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--intervals", type=int, default=1)

@@ -19,9 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import optimizers
-from tests.benchmarks.curvature_cost import MODELS, STEPS
+from tests.benchmarks.curvature_cost import MODELS
+from tests.benchmarks.training_steps import STEPS
 
-PRESETS = ("adamw", "sophia-h", "adahessian", "adahessian, interval 2", "soap")
+PRESETS = tuple(STEPS)
 
 
 class Bytes(TorchDispatchMode):
@@ -39,7 +40,7 @@ class Bytes(TorchDispatchMode):
             sizes = {(x.data_ptr(), x.nbytes) for x in touched if isinstance(x, Tensor)}
             self.operations += 1
             self.bytes += sum(size for _, size in sizes)
-            self.decompositions += "linalg_qr" in str(function) or "linalg_eigh" in str(function)
+            self.decompositions += any(name in str(function) for name in ("linalg_qr", "linalg_eigh", "cholesky"))
         return result
 
 
