@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from optimizers.autocast import Autocast
 from optimizers.composed import Composed
 from optimizers.distributed import find_ranks
 from optimizers.shared_gradient import accumulate_, may_share
+from optimizers.static_graph import not_the_backward_pass
 
 
 class Observing(Composed):
@@ -104,7 +106,8 @@ class Observing(Composed):
             return False
         gives_gradient = gives_gradient and may_share(loss, self._params)
         graph = LossGraph(loss, self._params, outputs, gives_gradient=gives_gradient)
-        with torch.enable_grad(), ranks.dividing(), Autocast.found(self._params[0].device).set_aside():
+        apart = not_the_backward_pass(loss) if ranks.groups else nullcontext()
+        with apart, torch.enable_grad(), ranks.dividing(), Autocast.found(self._params[0].device).set_aside():
             statistics = self.curvature.measure(self._curvature_state, graph)  # type: ignore[attr-defined]
         self._pending.add_statistics(statistics)
         if getattr(self.curvature, "keeps_graph", False):

@@ -162,3 +162,20 @@ def shards_in_bfloat16(folder: Path) -> None:
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, losses)
     assert all(other == losses for other in every)
+
+
+def ways_of_ddp(folder: Path) -> None:
+    """Curvature that sends vectors back before the gradient is there leaves DDP's own reductions alone: a static graph
+    asks for one in the first backward pass, which a measurement must not spend."""
+    for options in ({"static_graph": True}, {"find_unused_parameters": True}, {"gradient_as_bucket_view": True}):
+        for name in ("adahessian", "kfac"):
+            fixed: dict[str, Any] = {"damping": "fixed", "radius": 1.0} if name == "kfac" else {}
+            expected, model = network(), network()
+            reference = build(expected, name, process_group=None, **fixed)
+            optimizer = build(model, name, **fixed)
+            train(expected, reference, batch, range(3))
+            train(DistributedDataParallel(model, **options), optimizer, part, range(3))
+            try:
+                same(whole(expected), whole(model), 1e-6)
+            except AssertionError as error:
+                raise AssertionError(f"{options}, {name}: {error}") from error

@@ -37,6 +37,7 @@ PRACTICE = [
     "practice.scaler_skips_on_all_ranks",
     "practice.hybrid_shards",
     "practice.shards_in_bfloat16",
+    "practice.ways_of_ddp",
 ]
 
 
