@@ -1,8 +1,8 @@
 """``DistributedDataParallel(static_graph=True)``, whose first backward pass is not the first that curvature takes.
 
 In its first iteration DDP does not reduce gradients as they come: a node behind the model's outputs asks for one
-reduction when "the" backward pass ends. A measurement sends vectors back through the same node before there is a gradient, and
-the reduction would be spent on nothing: every rank would then step by its own gradient, without a word.
+reduction when "the" backward pass ends. A measurement sends vectors back through the same node before there is a
+gradient, and the reduction would be spent on nothing: every rank would then step by its own gradient, without a word.
 """
 
 from __future__ import annotations

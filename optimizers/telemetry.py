@@ -7,6 +7,7 @@ together every ``every`` steps: one wait for the device where reading each would
 from __future__ import annotations
 
 import csv
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -25,6 +26,9 @@ Sink = Callable[[int, Mapping[str, float]], None]
 
 class Telemetry:
     """Hands every step's record to sinks, ``every`` steps at a time.
+
+    A sink that raises (a full disk, a lost connection) gets no more records, with one warning that says so; the other
+    sinks and the training go on.
 
     Args:
         optimizer: whose steps are recorded.
@@ -82,17 +86,27 @@ class Telemetry:
         self._records = []
         for i, row in enumerate(rows):
             record = dict(zip(FIELDS, row, strict=True))
-            for sink in self.sinks:
-                sink(first + i, record)
+            for sink in list(self.sinks):
+                self._guarded(sink, lambda: sink(first + i, record))  # noqa: B023  called at once
 
     def close(self) -> None:
         """Flush, stop recording, and close sinks that can be closed."""
         self._handle.remove()
         self.flush()
-        for sink in self.sinks:
+        for sink in list(self.sinks):
             close = getattr(sink, "close", None)
             if close is not None:
-                close()
+                self._guarded(sink, close)
+
+    def _guarded(self, sink: Sink, call: Callable[[], Any]) -> None:
+        try:
+            call()
+        except Exception as error:
+            self.sinks.remove(sink)
+            warnings.warn(
+                f"a telemetry sink, {sink!r}, failed and gets no more records: {type(error).__name__}: {error}",
+                stacklevel=2,
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -104,18 +118,35 @@ class Telemetry:
 class CSVSink:
     """Rows of ``step`` and every entry, appended to a file; a new file gets a header.
 
+    A row is written at once and whole, so that a killed run leaves all rows that were handed on. Give every optimizer a
+    file of its own: rows do not say whose they are.
+
     Args:
         path: the file, created with its folder.
+
+    Raises:
+        ValueError: for a file that has other columns.
     """
 
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
+        header = ["step", *FIELDS]
         fresh = not path.exists() or path.stat().st_size == 0
-        self._file = path.open("a", newline="")
+        torn = False
+        if not fresh:
+            with path.open("rb") as file:
+                first = file.readline(1 << 16).decode(errors="replace").rstrip("\r\n")
+                file.seek(-1, 2)
+                torn = file.read(1) != b"\n"  # the run before was killed in a row
+            if first.split(",") != header:
+                raise ValueError(f"{path} has other columns than {','.join(header)}: give another file")
+        self._file = path.open("a", newline="", buffering=1)
+        if torn:
+            self._file.write("\r\n")
         self._writer = csv.writer(self._file)
         if fresh:
-            self._writer.writerow(["step", *FIELDS])
+            self._writer.writerow(header)
 
     def __call__(self, step: int, record: Mapping[str, float]) -> None:
         """Write one row."""

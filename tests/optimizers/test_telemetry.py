@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,68 @@ def test_csv_appends_to_one_header(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert [int(r["step"]) for r in rows] == [0, 1, 2, 3, 4]
     assert float(rows[1]["loss"]) == pytest.approx(told[1]["loss"])
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_a_sink_that_fails_is_dropped_and_training_goes_on(every: int, tmp_path: Path) -> None:
+    """A full disk (``/dev/full`` where there is one), a callable that raises at step 2, one that cannot be closed."""
+
+    class Raises:
+        def __call__(self, step: int, record: Any) -> None:
+            if step == 2:
+                raise OSError(28, "No space left on device")
+
+        def close(self) -> None:
+            raise AssertionError("it was dropped before")
+
+    class Unclosable:
+        def __call__(self, step: int, record: Any) -> None:
+            pass
+
+        def close(self) -> None:
+            raise RuntimeError("the connection is gone")
+
+    seen: list[int] = []
+    sinks: list[Any] = [Raises(), lambda step, record: seen.append(step), Unclosable()]
+    full = Path("/dev/full")
+    if full.exists():
+        sink = CSVSink(tmp_path / "steps.csv")
+        sink._file.close()
+        sink._file = full.open("a", newline="", buffering=1)
+        sink._writer = csv.writer(sink._file)
+        sinks.append(sink)
+    with pytest.warns(UserWarning, match="gets no more records") as told:
+        run(6, sinks, every)
+    assert seen == list(range(6))
+    assert len([w for w in told if "gets no more records" in str(w.message)]) == 2 + full.exists()
+    if full.exists():
+        with contextlib.suppress(OSError):  # what it could not write is still there
+            sink.close()
+
+
+def test_csv_rows_of_two_writers_are_whole(tmp_path: Path) -> None:
+    path = tmp_path / "steps.csv"
+    a, b = CSVSink(path), CSVSink(path)
+    record = dict.fromkeys(FIELDS, 1.0 / 3.0)
+    for step in range(200):
+        (a, b)[step % 2](step, record)
+    rows = list(csv.reader(path.read_text().splitlines()))  # before anything is closed
+    assert [r[0] for r in rows] == ["step", *map(str, range(200))]
+    assert {len(r) for r in rows} == {1 + len(FIELDS)}
+    a.close(), b.close()
+
+
+def test_csv_goes_on_after_a_torn_row_and_refuses_other_columns(tmp_path: Path) -> None:
+    path = tmp_path / "steps.csv"
+    run(2, [CSVSink(path)], every=1)
+    with path.open("a") as file:
+        file.write("2,0.5")
+    run(1, [CSVSink(path)], every=1, first_step=3)
+    assert [line.split(",")[0] for line in path.read_text().splitlines()] == ["step", "0", "1", "2", "3"]
+    other = tmp_path / "other.csv"
+    other.write_text("time,loss\n0,1\n")
+    with pytest.raises(ValueError, match="has other columns"):
+        CSVSink(other)
 
 
 def test_tensorboard_files_hold_the_scalars(tmp_path: Path) -> None:
