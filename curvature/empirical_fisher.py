@@ -49,7 +49,7 @@ class EmpiricalFisherDiagonal(Estimator):
 
     Raises:
         ValueError: per sample, on the first measurement, where the model mixes the samples of a batch (tried once, on
-            eight of them), or the samples' weights cannot be known.
+            four of them), or the samples' weights cannot be known.
 
     >>> estimator = EmpiricalFisherDiagonal(beta=0.9)
     >>> state = estimator.init([torch.zeros(2)])

@@ -42,7 +42,7 @@ class EmpiricalFisher(OutputSpaceEstimator):
 
     Raises:
         ValueError: where the samples' weights cannot be known, or the model mixes samples, which is tried once on
-            eight of them. An optimizer shows neither model nor inputs: there only a batch norm in training mode is
+            four of them. An optimizer shows neither model nor inputs: there only a batch norm in training mode is
             noticed, and under any other mixing g_n is the gradient of row n's loss as that batch has it.
 
     >>> import torch

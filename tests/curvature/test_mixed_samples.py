@@ -323,3 +323,19 @@ def test_an_estimate_leaves_a_living_graph_alone() -> None:
     loss = CE(model(X), Y)
     estimate(EmpiricalFisherDiagonal(samples="per_sample"), model, CE, [(X[:4], Y[:4]), (X[4:], Y[4:])])
     loss.backward()
+
+
+def test_a_model_is_tried_once_a_mode() -> None:
+    calls = []
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        calls.append(len(x))
+        return standardised(m.a(x)) if m.training else m.a(x)
+
+    model = seeded(Call(forward, a=nn.Linear(4, 3))).eval()
+    assert samples_mixed(model, [X]) == "apart"
+    assert sum(calls) <= 5 * 4
+    calls.clear()
+    assert samples_mixed(model, [X]) == "apart"
+    assert not calls
+    assert samples_mixed(model.train(), [X]) == "mixed"
