@@ -38,6 +38,7 @@ PRACTICE = [
     "practice.hybrid_shards",
     "practice.shards_in_bfloat16",
     "practice.ways_of_ddp",
+    "inverses.first_gradients_of_ddp_are_summed_in_another_order",
 ]
 
 
