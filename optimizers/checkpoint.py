@@ -44,6 +44,8 @@ def checked(
             )
     groups = checked_groups(optimizer, state_dict["param_groups"])
     ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+    if not all(isinstance(i, (int, str)) for i in ids) or len(set(ids)) != len(ids):
+        raise ValueError(f"parameters of loaded groups must be different numbers or names, got {ids[:5]}")
     saved = state_dict["state"]
     strangers = [i for i in saved if i not in set(ids)]
     if strangers:

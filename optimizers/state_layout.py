@@ -96,12 +96,16 @@ def check_matches(expected: dict[str, Any], loaded: dict[str, Any], where: str) 
                 raise ValueError(
                     f"state {name!r} of {where} must have shape {tuple(value.shape)}, got {found}"
                 )
+            if local(other).layout is not torch.strided or local(other).is_meta:
+                raise ValueError(
+                    f"state {name!r} of {where} must be dense and hold values, got {other.layout} on {other.device}"
+                )
             if other.is_floating_point() != value.is_floating_point():
                 raise ValueError(f"state {name!r} of {where} must be {value.dtype}, got {other.dtype}")
         elif isinstance(other, bool) or not isinstance(other, (int, float)):
             raise ValueError(f"state {name!r} of {where} must be a number, got {type(other).__name__}")
-    for name in expected:
-        check_value(name, loaded[name], where)
+    for name, value in expected.items():
+        check_value(name, loaded[name], where, whole=isinstance(value, int))
 
 
 POSITIVE = ("radius", "damping", "sigma")
@@ -114,23 +118,32 @@ COUNTERS = ("step", "steps", "count", "seen", "draws")
 """What counts, likewise: ``graft_count``, ``losses_seen``."""
 
 
-def check_value(name: str, value: Tensor | float, where: str) -> None:
+def check_value(name: str, value: Tensor | float, where: str, *, whole: bool = False) -> None:
     """Refuse what no run leaves behind: a NaN in a tensor, a radius or damping below zero, a counter that counts none.
 
     Infinity passes where an overflow may have left it; a scalar that a policy remembers may say by NaN that there is
     none.
+
+    Args:
+        name: of the entry.
+        value: what was loaded.
+        where: for messages.
+        whole: whether the entry is a Python integer, all of which count something.
     """
     kind = name.rpartition(SEPARATOR)[2].rpartition(".")[2]
     if isinstance(value, Tensor) and value.dim() > 0:
         if value.is_floating_point() and bool(local(value.detach()).isnan().any()):
             raise ValueError(f"state {name!r} of {where} holds NaN: the checkpoint is damaged, take an earlier one")
         return
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = float("inf")
     if kind in POSITIVE and not number >= 0.0:
         raise ValueError(f"state {name!r} of {where} must be >= 0, got {number}: the checkpoint is damaged")
     if kind in NUMBERS and number != number:
         raise ValueError(f"state {name!r} of {where} must be a number, got NaN: the checkpoint is damaged")
-    counts = kind in COUNTERS or kind.rpartition("_")[2] in COUNTERS or isinstance(value, int)
+    counts = kind in COUNTERS or kind.rpartition("_")[2] in COUNTERS or whole
     if counts and not (0.0 <= number < float("inf")):
         raise ValueError(f"state {name!r} of {where} must be a count, got {number}: the checkpoint is damaged")
 

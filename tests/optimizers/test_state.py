@@ -93,6 +93,16 @@ DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a wrong kind": lambda s: edit(s, 1, "momentum", torch.zeros(8, dtype=torch.int64)),
     "a string": lambda s: edit(s, 3, "step", "1"),
     "a missing entry": lambda s: edit(s, 0, "trust_region/radius", None),
+    "a sparse tensor": lambda s: edit(s, 1, "momentum", torch.zeros(8).to_sparse()),
+    "a tensor without values": lambda s: edit(s, 1, "momentum", torch.zeros(8, device="meta")),
+    "a count too large for a float": lambda s: edit(s, 1, "step", 10**400),
+    "parameters that are lists": lambda s: {
+        **s, "param_groups": [{**s["param_groups"][0], "params": [[0], [1], [2], [3]]}]
+    },
+    "a parameter twice": lambda s: {
+        "state": {0: s["state"][0], 1: s["state"][1], 3: s["state"][3]},
+        "param_groups": [{**s["param_groups"][0], "params": [0, 1, 1, 3]}],
+    },
     "a NaN in a tensor": lambda s: edit(s, 1, "momentum", torch.full((8,), float("nan"))),
     "a radius below zero": lambda s: edit(s, 0, "trust_region/radius", torch.tensor(-1.0)),
     "a radius that is NaN": lambda s: edit(s, 0, "trust_region/radius", torch.tensor(float("nan"))),
