@@ -117,8 +117,13 @@ def results_file(path: str) -> dict[str, Any]:
 
 def whole_steps() -> Rows:
     """Whole training steps as timed, what is asked of them, and what they are made of."""
-    timed, counted = results_file("step_cost/whole_steps.json"), results_file("step_cost/counts.json")["models"]
-    rows = [["model", "preset", "time", "worst step / mean", "at most", "multiplications", "bytes", "operations"]]
+    timed, counted = (
+        results_file("step_cost/whole_steps.json"),
+        results_file("step_cost/counts.json")["models"],
+    )
+    rows = [
+        ["model", "preset", "time", "worst step / mean", "at most", "multiplications", "bytes", "operations"]
+    ]
     for model in ("mlp", "gpt"):
         for name, entry in timed[model].items():
             preset = name.removeprefix("step, ")

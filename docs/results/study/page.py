@@ -1,4 +1,8 @@
-"""Write the page of the study from folders of its runs: python docs/results/study/page.py RUNS... [--grid GRID]."""
+"""Write the page of the study, its tables and its pictures, from the raw results: python docs/results/study/page.py.
+
+With folders of runs, ``python docs/results/study/page.py RUNS... [--grid GRID]``, their runs become the raw results
+first.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,12 @@ import csv
 import json
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import raw
 from glance import REFERENCE, against, lines, profile, stability
 
 from optimizers.ablation import Row, read_outcome, report
@@ -20,14 +26,14 @@ from optimizers.ablation.report_page import comma_separated
 from optimizers.ablation.report_tables import comparison_table
 
 HERE = Path(__file__).parent
-PAGE = HERE.parent / "study.md"
+GRID = "grid"
 SHOWN = (
     "validation-loss-against-steps",
     "training-loss-against-steps",
     "radius",
     "steps-to-where-adamw-ends",
 )
-ORDER = (
+WORKLOADS = (
     "digits",
     "fashion-mnist-logistic",
     "fashion-mnist",
@@ -36,6 +42,8 @@ ORDER = (
     "mnist-conv-autoencoder",
     "character-gpt",
 )
+LONGER = "character-gpt-longer"  # few cells of one workload with a larger budget
+ORDER = (*WORKLOADS, LONGER)
 CONTROLS = [
     "workload",
     "cell",
@@ -61,48 +69,86 @@ RUN_COLUMNS = [
 ]  # fmt: skip
 
 
-def main(runs: Sequence[Path], grid: Path | None = None) -> None:
-    """Write the page, its pictures, the report's tables, and every run as a line of ``runs.csv``.
+def keep(runs: Sequence[Path], grid: Path | None = None) -> None:
+    """Make runs the raw results.
 
     Args:
-        runs: folders of workloads, or of several; a workload that none of them holds keeps its committed part.
-        grid: the folder of the grid; None keeps the committed map.
+        runs: folders of parts, named as their configurations are, or of several of them.
+        grid: the folder of the grid.
     """
-    (HERE / "figures").mkdir(exist_ok=True)
+    for folder in _folders(runs):
+        if folder.name not in ORDER:
+            raise SystemExit(
+                f"{folder}: must be named as a configuration of the study, one of {', '.join(ORDER)}"
+            )
+        raw.pack(folder, HERE / "raw" / (folder.name + raw.SUFFIX))
     if grid is not None:
-        report(grid)
-        heat_map = next((grid / "figures").glob("*curvature-x-trust-region.png"))
-        shutil.copy(heat_map, HERE / "figures" / "grid.png")
-        shutil.copy(grid / "table.csv", HERE / "grid.csv")
-    parts = _kept_parts()
+        raw.pack(grid, HERE / "raw" / (GRID + raw.SUFFIX))
+
+
+def write(out: Path, only: Sequence[str] = (*ORDER, GRID)) -> None:
+    """Write ``study.md`` and, beside it in ``study``, pictures, tables, and every run as a line of ``runs.csv``.
+
+    Args:
+        out: the folder of the page.
+        only: which raw results to read; the rest keeps what is written already, as does one without.
+    """
+    here, page = out / HERE.name, out / f"{HERE.name}.md"
+    (here / "figures").mkdir(parents=True, exist_ok=True)
+    parts = _kept_parts(page)
     controls = {
-        (line["workload"], line["cell"]): list(line.values()) for line in lines(HERE / "controls.csv")
+        (line["workload"], line["cell"]): list(line.values()) for line in lines(here / "controls.csv")
     }
-    folders = _folders(runs)
-    for folder in folders:
-        outcome = read_outcome(folder)
-        name = outcome.ablation.workload
-        if not any(row.cell.label == REFERENCE for row in outcome.best):
-            print(f"{folder}: left out, AdamW's runs are not finished")
+    # of parts that were run before raw results were kept
+    runs: list[list[object]] = [
+        [line.get(name, "") for name in RUN_COLUMNS]
+        for line in lines(here / "runs.csv")
+        if not (HERE / "raw" / (line["workload"] + raw.SUFFIX)).is_file()
+    ]
+    for name in (name for name in (*ORDER, GRID) if name in only):
+        kept = HERE / "raw" / (name + raw.SUFFIX)
+        if not kept.is_file():
             continue
-        report(folder)
-        for picture in (folder / "figures").glob(f"{name}-*.png"):
-            if picture.stem.endswith(SHOWN):
-                shutil.copy(picture, HERE / "figures")
-        for written in folder.glob(f"{name}-*.csv"):
-            shutil.copy(written, HERE)
-        found = comparison_table(compare(outcome.best, REFERENCE, "train_loss"))
-        (HERE / f"{name}-training.csv").write_text(comma_separated(found), encoding="utf-8")
-        for line in _controls(outcome.best):
-            controls[name, line[0]] = [name, *line]
-        parts[name] = _part((folder / "report.md").read_text(encoding="utf-8"), name)
-    with open(HERE / "controls.csv", "w", encoding="utf-8", newline="") as stream:
-        csv.writer(stream, lineterminator="\n").writerows([CONTROLS, *controls.values()])
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = raw.unpack(kept, Path(scratch))
+            report(folder)
+            if name == GRID:
+                shutil.copy(folder / "table.csv", here / "grid.csv")
+                (heat_map,) = folder.glob("figures/*curvature-x-trust-region.png")
+                shutil.copy(heat_map, here / "figures" / "grid.png")
+            else:
+                parts[name] = _workload(folder, here, name, controls)
+            files = sorted(folder.glob("runs/*.json"))
+            runs += [_line(json.loads(file.read_text(encoding="utf-8"))) for file in files]
+    _write_csv(here / "controls.csv", [CONTROLS, *controls.values()])
+    _write_csv(here / "runs.csv", [RUN_COLUMNS, *runs])
     names = [name for name in ORDER if name in parts]
-    text = "\n".join([*_together(names), *(parts[name] for name in names)])
+    text = "\n".join([*_together(here, names), *(parts[name] for name in names)])
     head = (HERE / "findings.txt").read_text(encoding="utf-8")
-    PAGE.write_text(re.sub(r"\n{3,}", "\n\n", head + "\n" + text).rstrip() + "\n", encoding="utf-8")
-    _write_runs([*folders, *([grid] if grid is not None else [])])
+    page.write_text(re.sub(r"\n{3,}", "\n\n", head + "\n" + text).rstrip() + "\n", encoding="utf-8")
+
+
+def _workload(folder: Path, here: Path, name: str, controls: dict[tuple[str, str], list[str]]) -> str:
+    """Copy one workload's pictures and tables; return its part of the page."""
+    outcome = read_outcome(folder)
+    workload = outcome.ablation.workload
+    for picture in (folder / "figures").glob(f"{workload}-*.png"):
+        if picture.stem.endswith(SHOWN):
+            shutil.copy(picture, here / "figures" / picture.name.replace(workload, name, 1))
+    for written in folder.glob(f"{workload}-*.csv"):
+        shutil.copy(written, here / written.name.replace(workload, name, 1))
+    found = comparison_table(compare(outcome.best, REFERENCE, "train_loss"))
+    (here / f"{name}-training.csv").write_text(comma_separated(found), encoding="utf-8")
+    for key in [key for key in controls if key[0] == name]:
+        del controls[key]
+    for line in _controls(outcome.best):
+        controls[name, line[0]] = [name, *line]
+    return _part((folder / "report.md").read_text(encoding="utf-8"), workload, name)
+
+
+def _write_csv(path: Path, rows: Sequence[Sequence[object]]) -> None:
+    with open(path, "w", encoding="utf-8", newline="") as stream:
+        csv.writer(stream, lineterminator="\n").writerows(rows)
 
 
 STEPS_NOTE = """
@@ -120,31 +166,33 @@ every workload has.
 """
 
 
-def _together(names: Sequence[str]) -> list[str]:
+def _together(here: Path, names: Sequence[str]) -> list[str]:
     return [
         "## Against AdamW at a glance",
         STEPS_NOTE,
-        *against(HERE, names, "steps", "comparisons"),
+        *against(here, names, "steps", "comparisons"),
         "",
         "The same of the training loss, for every workload:",
         "",
-        *against(HERE, names, "steps", "training"),
+        *against(here, names, "steps", "training"),
         "",
         "Processor time to where AdamW's run ends, over AdamW's own:",
         "",
-        *against(HERE, names, "processor time", "comparisons"),
+        *against(here, names, "processor time", "comparisons"),
         "",
         "## Stability",
         STABILITY_NOTE,
-        *stability(HERE, names),
+        *stability(here, names),
         "",
-        "## All workloads",
-        PROFILE_NOTE,
-        *profile(HERE, names),
-        "",
-        "![Performance profile](study/figures/performance-profile.png)",
-        "",
+        *_all_workloads(here, [name for name in names if name in WORKLOADS]),
     ]
+
+
+def _all_workloads(here: Path, names: Sequence[str]) -> list[str]:
+    if not names:
+        return []
+    picture = "![Performance profile](study/figures/performance-profile.png)"
+    return ["## All workloads", PROFILE_NOTE, *profile(here, names), "", picture, ""]
 
 
 def _folders(runs: Sequence[Path]) -> list[Path]:
@@ -152,39 +200,27 @@ def _folders(runs: Sequence[Path]) -> list[Path]:
     return sorted(path.parent for path in places)
 
 
-def _kept_parts() -> dict[str, str]:
-    found = (
-        re.split(r"^(?=## )", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE) if PAGE.is_file() else []
-    )
-    named = {part.partition("\n")[0].removeprefix("## ").strip(): part for part in found}
+def _kept_parts(page: Path) -> dict[str, str]:
+    text = page.read_text(encoding="utf-8") if page.is_file() else ""
+    named = {
+        part.partition("\n")[0].removeprefix("## ").strip(): part
+        for part in re.split(r"^(?=## )", text, flags=re.MULTILINE)
+    }
     return {name: named[name] for name in ORDER if name in named}
 
 
-def _part(text: str, name: str) -> str:
+def _part(text: str, workload: str, name: str) -> str:
     """One workload's part of a report, with the pictures that are shown here."""
-    text = text[text.index(f"## {name}\n") :]
+    text = text[text.index(f"## {workload}\n") :].replace(f"## {workload}\n", f"## {name}\n", 1)
     return re.sub(
-        r"!\[[^\]]*\]\(figures/([^)]*)\)(\n\n[^\n]*\n)?",
+        rf"!\[[^\]]*\]\(figures/{workload}-([^)]*)\)(\n\n[^\n]*\n)?",
         lambda found: (
-            found[0].replace("(figures/", "(study/figures/")
-            if (HERE / "figures" / found[1]).is_file()
+            found[0].replace(f"(figures/{workload}-", f"(study/figures/{name}-")
+            if found[1].removesuffix(".png").endswith(SHOWN)
             else ""
         ),
         text,
     )
-
-
-def _write_runs(folders: Sequence[Path]) -> None:
-    """Add every run to ``runs.csv``, by its key; those of parts that were run elsewhere stay."""
-    path = HERE / "runs.csv"
-    known: dict[str, list[object]] = {}
-    for line in lines(path):
-        known[line["key"]] = [line.get(name, "") for name in RUN_COLUMNS]
-    for run in sorted(run for folder in folders for run in folder.glob("runs/*.json")):
-        line_of = _line(json.loads(run.read_text(encoding="utf-8")))
-        known[str(line_of[0])] = line_of
-    with open(path, "w", encoding="utf-8", newline="") as stream:
-        csv.writer(stream, lineterminator="\n").writerows([RUN_COLUMNS, *known.values()])
 
 
 def _controls(rows: Sequence[Row]) -> Iterator[list[str]]:
@@ -224,8 +260,11 @@ def _line(record: dict[str, Any]) -> list[object]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", type=Path, nargs="+", help="folders that soaa ablate wrote")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", type=Path, nargs="*", help="folders that soaa ablate wrote")
     parser.add_argument("--grid", type=Path, help="the folder of grid.toml's runs")
     asked = parser.parse_args()
-    main(asked.runs, asked.grid)
+    keep(asked.runs, asked.grid)
+    write(HERE.parent)
