@@ -22,8 +22,8 @@ from optimizers.compiled.kernels import Kind
 from optimizers.compiled.tensors import Options, Tensors, classes
 from optimizers.elementwise import Formula, correction, prediction_of
 
-BLOCK = 1 << 17
-"""Elements a block: scratch of half a megabyte stays in the second-level cache, and calls are few."""
+BLOCK = 1 << 18
+"""Elements a block: what is worked on stays in the cache, and calls are few."""
 
 SMALL = 1 << 15
 """Tensors of fewer elements are gathered: seven copies in the cache cost less than a dozen calls a tensor."""

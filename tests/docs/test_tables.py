@@ -45,7 +45,12 @@ def test_what_the_page_on_compilation_says() -> None:
     big = {name: row["ratio"] for name, row in models[FLAT]["contenders"].items()}
     assert big["SOAA compiled"] < big["SOAA eager"] / 3
     small = models["mlp-1.3M"]["contenders"]
-    assert small["AdamW composed, compiled"]["ratio"] < small["AdamW composed, eager"]["ratio"] / 3
+    assert small["AdamW composed, compiled"]["ratio"] < small["AdamW composed, eager"]["ratio"] / 2
+    for name, most in (("mlp-1.3M", 1.1), ("gpt-0.8M", 1.5), (FLAT, 0.85)):  # beside foreach AdamW
+        rows = models[name]["contenders"]
+        assert rows["SOAA eager"]["ratio"] < most * rows["torch AdamW foreach"]["ratio"]
+    exponents = measured("step_cost")["growth"]["exponents"]
+    assert exponents["SOAA compiled"] <= 1.05
     # about what its additional bytes take: 36 to 32
     assert big["SOAA compiled"] / big["AdamW composed, compiled"] < 1.5 * 36 / 32
     for model in models.values():
