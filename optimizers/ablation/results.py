@@ -13,6 +13,7 @@ from typing import Any
 from optimizers.ablation import baselines, workload
 from optimizers.ablation.cell import Cell
 from optimizers.ablation.config import RunConfig
+from optimizers.ablation.errors import AblationError
 from optimizers.ablation.store import Store
 
 Record = dict[str, Any]
@@ -90,8 +91,18 @@ def collect(configs: Sequence[RunConfig], store: Store) -> list[Row]:
     for (cell, rate, *_), members in groups.items():
         if all(store.has(config.key) for config in members):
             members = sorted(members, key=lambda config: config.seed)
-            rows.append(Row(cell, rate, tuple(store.load(config.key) for config in members)))
+            rows.append(Row(cell, rate, tuple(_whole(store, config.key) for config in members)))
     return rows
+
+
+def _whole(store: Store, key: str) -> Record:
+    record = store.load(key)
+    lacking = [part for part in ("config", "environment", "trace") if part not in record]
+    if lacking:
+        raise AblationError(
+            f"{store.path(key)} lacks {lacking[0]!r}: remove this file, and soaa ablate makes the run again"
+        )
+    return record
 
 
 def best(rows: Sequence[Row]) -> list[Row]:

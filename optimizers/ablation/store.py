@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,7 +93,9 @@ class Store:
         Raises:
             AblationError: no finished run, or more than one, has this key.
         """
-        matches = [self.path(key)] if self.has(key) else sorted(self.runs.glob(f"{key}*.json"))
+        matches: list[Path] = []
+        if re.fullmatch(r"[\w-]{0,128}", key):  # a key may come from a file: it is no path and no pattern
+            matches = [self.path(key)] if self.has(key) else sorted(self.runs.glob(f"{key}*.json"))
         if len(matches) != 1:
             problem = "no finished run" if not matches else f"{len(matches)} finished runs"
             raise AblationError(
@@ -105,6 +108,9 @@ class Store:
             raise AblationError(f"{error}: {remedy}") from error
         if "result" not in record:
             raise AblationError(f"{matches[0]} holds no result, so it is no run: {remedy}")
+        for part in ("config", "environment", "result", "trace"):
+            if not isinstance(record.get(part, {}), dict):
+                raise AblationError(f"{part!r} in {matches[0]} must be a JSON object: {remedy}")
         return record
 
     def keys(self) -> list[str]:
@@ -116,7 +122,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file; AblationError where it is not one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AblationError(f"cannot read {path}: {error}") from error
     if not isinstance(content, dict):
         raise AblationError(f"cannot read {path}: not a JSON object")

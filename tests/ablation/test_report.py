@@ -63,6 +63,17 @@ def test_every_revision_and_machine_of_a_continued_ablation_is_named(tmp_path: P
     assert "two, " in machines
 
 
+def test_a_run_without_its_parts_is_one_error(tmp_path: Path) -> None:
+    ablation = Ablation(optimizers=("torch-sgd",), learning_rates=(0.1,), seeds=1, steps=2, evaluations=1)
+    store = Store(ablate(ablation, tmp_path).folder)
+    (key,) = store.keys()
+    whole = store.load(key)
+    for part in ("config", "environment", "trace"):
+        store.save(key, {name: value for name, value in whole.items() if name != part})
+        with pytest.raises(AblationError, match=f"{key}.json lacks '{part}': remove this file"):
+            report(tmp_path)
+
+
 def test_a_folder_without_results_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(AblationError, match="holds no results"):
         report(tmp_path)

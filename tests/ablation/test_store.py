@@ -12,8 +12,8 @@ from optimizers.ablation.store import Store, write_bytes, write_json
 
 def test_what_is_saved_is_loaded_by_the_start_of_its_key(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    store.save("abc1", {"result": [0.5, math.nan, math.inf]})
-    assert store.load("abc") == {"result": [0.5, None, None]}
+    store.save("abc1", {"result": {"loss": [0.5, math.nan, math.inf]}})
+    assert store.load("abc") == {"result": {"loss": [0.5, None, None]}}
     store.save("abc2", {})
     with pytest.raises(AblationError, match="2 finished runs"):
         store.load("abc")

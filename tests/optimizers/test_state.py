@@ -275,6 +275,14 @@ def test_hostile_run_folder_is_an_error_not_code(tmp_path: Path) -> None:
     (store.runs / "abc.json").write_bytes(bomb)
     with pytest.raises(AblationError, match=r"abc\.json"):
         store.load("abc")
+    (tmp_path / "outside.json").write_text('{"result": {}}')
+    for key in ("../../outside", str(tmp_path / "outside"), "*", "x" * 5000, "\0"):
+        with pytest.raises(AblationError, match="no finished run"):
+            store.load(key)
+    for text in ("[" * 100_000, '{"result": 1}', '{"result": {}, "trace": "x"}', '{"result": {}, "environment": []}'):
+        (store.runs / "abc.json").write_text(text)
+        with pytest.raises(AblationError, match=r"abc\.json"):
+            store.load("abc")
     (store.folder / "ablation.json").write_bytes(bomb)
     with pytest.raises(AblationError, match=r"ablation\.json"):
         Store(tmp_path / "runs")
