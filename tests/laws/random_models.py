@@ -276,7 +276,7 @@ def draw(seed: int, count: int | None = None) -> Drawn:
     try:
         with torch.no_grad():
             z = model(x)
-    except ValueError:  # an instance norm of one position has nothing to normalise
+    except (ValueError, RuntimeError):  # one position has nothing to normalise, or none is left for a kernel
         return draw(seed + 1_000_003, count)
     return with_loss(r, model, x, z, name, positions, f"seed {seed}: {kind}, {model}")
 
