@@ -72,7 +72,9 @@ Y = torch.randint(0, 3, (32,), generator=torch.Generator().manual_seed(2))
 PARTS = 2
 
 
-def plain(name: str, steps: int, autocast: bool = False) -> tuple[torch.nn.Module, SecondOrder]:
+def plain(
+    name: str, steps: int, autocast: bool = False, clip: float | None = None
+) -> tuple[torch.nn.Module, SecondOrder]:
     """Two micro-batches a step, each divided by their number."""
     model = network()
     optimizer = build(model, name, lr=1e-2)
@@ -84,6 +86,8 @@ def plain(name: str, steps: int, autocast: bool = False) -> tuple[torch.nn.Modul
             outputs = outputs.float()  # as Accelerate returns them: what looks at outputs would see them rounded
             loss = torch.nn.functional.cross_entropy(outputs, y)
             optimizer.backward(loss / PARTS, outputs)
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
     return model, optimizer
 
@@ -180,6 +184,59 @@ def test_lightning_steps_as_the_plain_loop(automatic: bool, precision: str, tmp_
     assert {x.dtype for e in found.state.values() for x in e.values()} == {torch.float32}
 
 
+def test_trainers_clip_where_everyone_does(tmp_path: Path) -> None:
+    expected, reference = plain("soaa", 4, clip=0.05)
+    assert not torch.equal(next(expected.parameters()), next(plain("soaa", 4)[0].parameters()))
+    model, found = lightning_fit(tmp_path, gradient_clip_val=0.05)
+    same(expected, model)
+    agree(found, reference)
+    pytest.importorskip("transformers")
+    same(expected, hugging_face_fit(tmp_path, max_grad_norm=0.05).model.layers)
+
+
+def test_lightning_resumes_from_its_checkpoint_bit_for_bit(tmp_path: Path) -> None:
+    """With a schedule, clipping and accumulation; ``weights_only`` as a careful user sets it."""
+    lightning = pytest.importorskip("lightning.pytorch")
+
+    class Module(SecondOrderModule, lightning.LightningModule):  # type: ignore[name-defined,misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = network()
+
+        def training_step(self, batch: Any, index: int) -> torch.Tensor:
+            return torch.nn.functional.cross_entropy(self.layers(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            optimizer = SOAA(self.layers.parameters(), lr=1e-2, total_steps=6)
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 2)]
+
+    def fit(epochs: int, resume: Path | None = None) -> tuple[Any, Any]:
+        module = Module()
+        data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), batch_size=len(X) // PARTS)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer = lightning.Trainer(
+                max_epochs=epochs,
+                accelerator="cpu",
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                default_root_dir=tmp_path,
+                accumulate_grad_batches=PARTS,
+                gradient_clip_val=0.05,
+            )
+            trainer.fit(module, data, ckpt_path=resume, weights_only=resume is not None)
+        return module, trainer
+
+    whole, _ = fit(6)
+    fit(3)[1].save_checkpoint(tmp_path / "half.ckpt")
+    resumed, trainer = fit(6, tmp_path / "half.ckpt")
+    assert trainer.global_step == 6
+    for p, q in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
 def test_lightning_with_a_scaled_loss_is_refused(tmp_path: Path) -> None:
     """``16-mixed`` scales the loss before its hook sees it; SOAA's ratio needs it as it is, and says so."""
     pytest.importorskip("lightning.pytorch")
@@ -220,12 +277,11 @@ def hugging_face_fit(
         per_device_train_batch_size=len(X) // PARTS,
         gradient_accumulation_steps=PARTS,
         lr_scheduler_type="constant",
-        max_grad_norm=0.0,
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
         logging_strategy="no",
-        **{"save_strategy": "no", **options},
+        **{"save_strategy": "no", "max_grad_norm": 0.0, **options},
     )
     model = Labelled()
     optimizer = build(model.layers, name, lr=1e-2)
