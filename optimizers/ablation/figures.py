@@ -58,8 +58,30 @@ def svg(figure: Figure, title: str) -> str:
     return re.sub(r"(<svg[^>]*>)", lambda m: f"{m[1]}<title>{escaped}</title>", text, count=1)
 
 
-def png(figure: Figure) -> bytes:
-    """Return a figure as a PNG file on white."""
+def png(figure: Figure, look: Mapping[str, Style] | None = None) -> bytes:
+    """Return a figure as a PNG file on white.
+
+    Args:
+        figure: what is drawn; it grows by its legend.
+        look: of the cells, for a legend below; a picture alone has no page that says which line is whose.
+    """
+    from matplotlib.lines import Line2D
+
+    if look:
+        width, height = figure.get_size_inches()
+        columns = 2
+        figure.set_size_inches(width, height + 0.2 * math.ceil(len(look) / columns))
+        lines = [Line2D([], [], linewidth=1.6, **style) for style in look.values()]
+        figure.legend(
+            lines,
+            list(look),
+            loc="outside lower center",
+            ncols=columns,
+            fontsize="x-small",
+            frameon=False,
+            handlelength=1.5,
+            columnspacing=1.0,
+        )
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=130, facecolor="white", metadata={"Software": None})
     return stream.getvalue()

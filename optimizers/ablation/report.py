@@ -26,16 +26,22 @@ def report(folder: str | Path) -> Path:
     # here, so that a process that only trains loads nothing that draws
     from optimizers.ablation import figures
     from optimizers.ablation.report_page import comma_separated, markdown, page, slug
-    from optimizers.ablation.report_sections import overall, section
+    from optimizers.ablation.report_sections import LEGENDED, overall, section
 
     folder = Path(folder)
     outcomes = [read_outcome(place) for place in _places(folder)]
+    workloads = [outcome.ablation.workload for outcome in outcomes]
     finished = [outcome for outcome in outcomes if outcome.rows]
     if not finished:
         raise AblationError(
             f"{folder} holds no cell whose runs are all finished: let soaa ablate go on, the same command continues"
         )
     sections = [section(outcome) for outcome in finished]
+    for part, outcome in zip(sections, finished, strict=True):
+        if (
+            workloads.count(part.name) > 1
+        ):  # two ablations of one workload: files and figures must not be one's
+            part.name = outcome.folder.name
     missing = [outcome.ablation.workload for outcome in outcomes if not outcome.rows]
     everywhere = overall(finished) if len(finished) > 1 else None
     write_bytes(folder / "report.html", page(sections, everywhere, missing).encode())
@@ -49,9 +55,12 @@ def report(folder: str | Path) -> Path:
         for title, _, table in part.tables:
             write_bytes(folder / f"{part.name}-{slug(title)}.csv", comma_separated(table).encode())
         for picture in part.pictures:
-            write_bytes(pictures / f"{part.name}-{slug(picture.title)}.png", figures.png(picture.figure))
+            look = part.look if picture.group in LEGENDED else None
+            png = figures.png(picture.figure, look)
+            write_bytes(pictures / f"{part.name}-{slug(picture.title)}.png", png)
     if everywhere is not None:
-        write_bytes(pictures / "performance-profile.png", figures.png(everywhere[0].figure))
+        png = figures.png(everywhere[0].figure, sections[0].look)
+        write_bytes(pictures / "performance-profile.png", png)
         write_bytes(folder / "performance-profile.csv", comma_separated(everywhere[1]).encode())
     return folder / "report.html"
 

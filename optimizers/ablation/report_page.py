@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import resources
 
 from optimizers.ablation import figures
-from optimizers.ablation.report_sections import Picture, Section
+from optimizers.ablation.report_sections import LEGENDED, Picture, Section
 from optimizers.ablation.report_tables import Table
 
 
@@ -35,7 +35,7 @@ def page(sections: Sequence[Section], overall: tuple[Picture, Table] | None, mis
         for part in sections
     }
     return environment.from_string(source).render(
-        sections=sections, groups=groups, overall=overall, missing=missing
+        sections=sections, groups=groups, overall=overall, missing=missing, legended=LEGENDED
     )
 
 

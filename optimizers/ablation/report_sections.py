@@ -26,6 +26,8 @@ from optimizers.ablation.report_tables import (
     tuning_table,
 )
 
+#: groups of pictures whose lines are cells
+LEGENDED = ("Loss", "Inside the optimizer", "Sensitivity", "Profile")
 TRACES = {
     "radius": "radius",
     "ratio": "ratio ρ of actual to predicted reduction",

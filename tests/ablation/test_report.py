@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from optimizers.ablation import Ablation, AblationError, Cell, ablate, figures
+from optimizers.ablation.profiles import performance_profiles
 from optimizers.ablation.report import report
 from optimizers.ablation.store import Store
 
@@ -72,6 +73,29 @@ def test_a_run_without_its_parts_is_one_error(tmp_path: Path) -> None:
         store.save(key, {name: value for name, value in whole.items() if name != part})
         with pytest.raises(AblationError, match=f"{key}.json lacks '{part}': remove this file"):
             report(tmp_path)
+
+
+def test_two_ablations_of_one_workload_have_sections_of_their_own(tmp_path: Path) -> None:
+    for name, rate in (("one", 0.1), ("two", 0.2)):
+        few = Ablation(optimizers=("torch-sgd",), learning_rates=(rate,), seeds=1, steps=2, evaluations=1)
+        ablate(few, tmp_path / name)
+    page = report(tmp_path)
+    text = page.with_name("report.md").read_text(encoding="utf-8")
+    assert "\n## one\n" in text
+    assert "\n## two\n" in text
+    tables = [(tmp_path / f"{name}-cells.csv").read_text() for name in ("one", "two")]
+    assert tables[0] != tables[1]
+
+
+def test_picture_that_stands_alone_says_whose_each_line_is() -> None:
+    look = figures.styles(["a", "b", "c"])
+    sizes = []
+    for legend in (None, look):
+        figure = figures.profiles(performance_profiles({"a": [1.0], "b": [2.0]}), look, "steps")
+        assert figures.png(figure, legend).startswith(b"\x89PNG")
+        sizes.append(figure.get_size_inches()[1])
+        assert [text.get_text() for box in figure.legends for text in box.get_texts()] == list(legend or ())
+    assert sizes[1] > sizes[0]
 
 
 def test_a_folder_without_results_is_one_error(tmp_path: Path) -> None:

@@ -85,8 +85,10 @@ def profile(folder: Path, workloads: Sequence[str]) -> list[str]:
             )
     common = [cell for cell, own in costs.items() if len(own) == len(workloads)]
     profiles = performance_profiles({cell: [costs[cell][w] for w in workloads] for cell in common})
-    figure = figures.profiles(profiles, figures.styles(list(costs)), "steps to target")
-    (folder / "figures" / "performance-profile.png").write_bytes(figures.png(figure))
+    look = figures.styles(list(costs))
+    figure = figures.profiles(profiles, look, "steps to target")
+    shown = {cell: look[cell] for cell in profiles}
+    (folder / "figures" / "performance-profile.png").write_bytes(figures.png(figure, shown))
     ordered = sorted(costs, key=lambda cell: (cell not in profiles, -_score(profiles, cell)))
     rows = [
         [
