@@ -46,7 +46,12 @@ def test_what_the_page_on_compilation_says() -> None:
     assert big["SOAA compiled"] < big["SOAA eager"] / 3
     small = models["mlp-1.3M"]["contenders"]
     assert small["AdamW composed, compiled"]["ratio"] < small["AdamW composed, eager"]["ratio"] / 2
-    for name, most in (("mlp-1.3M", 1.1), ("gpt-0.8M", 1.5), ("gpt2-12.7M", 1.4), (FLAT, 0.85)):  # beside foreach AdamW
+    for name, most in (
+        ("mlp-1.3M", 1.1),
+        ("gpt-0.8M", 1.5),
+        ("gpt2-12.7M", 1.4),
+        (FLAT, 0.85),
+    ):  # beside foreach AdamW
         rows = models[name]["contenders"]
         assert rows["SOAA eager"]["ratio"] < most * rows["torch AdamW foreach"]["ratio"]
     exponents = measured("step_cost")["growth"]["exponents"]
