@@ -15,6 +15,8 @@ from optimizers.ablation.errors import AblationError, unknown_name
 from optimizers.ablation.schedule import SCHEDULES
 from optimizers.ablation.space import check_budget, typical_learning_rates
 
+#: A folder may come from anywhere: a number of seeds that is no mistake ends in memory and hours, not in an error.
+MOST_SEEDS = 10_000
 DEFAULT_OPTIMIZERS = ("torch-sgd", "torch-adamw", "soaa", "kfac")
 
 
@@ -141,6 +143,8 @@ class Ablation:
                 "curvature and trust_region must be given together, as rows and columns of a grid, got "
                 f"curvature={list(self.curvature)} trust_region={list(self.trust_region)}"
             )
+        if isinstance(self.seeds, int) and self.seeds > MOST_SEEDS:
+            raise AblationError(f"seeds must be at most {MOST_SEEDS:,}, got {self.seeds:,}")
         if not self.seed_list or len(set(self.seed_list)) != len(self.seed_list) or min(self.seed_list) < 0:
             raise AblationError(f"seeds must be a number >= 1, or different numbers >= 0, got {self.seeds}")
         check_budget(self.tune, self.extensions)

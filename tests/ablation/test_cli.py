@@ -152,6 +152,7 @@ def test_a_run_that_fails_is_exit_code_1_and_the_others_are_kept(
         (("ablate", "broken.yaml"), "broken.yaml, line 2: not YAML"),
         (("ablate", "--lr", "fast"), "--lr must be numbers separated by commas"),
         (("ablate", "--seeds", "1,1"), "seeds must be"),
+        (("ablate", "--seeds", "1000000000"), "seeds must be at most 10,000"),
         (("ablate", "--schedule", "cosin"), "unknown schedule 'cosin': did you mean 'cosine'"),
         (("ablate", "--device", "abacus", *SHORT), "device 'abacus' cannot be used"),
         (("ablate", "bad.toml", "--config", "study"), "give one configuration"),
