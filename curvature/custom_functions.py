@@ -111,7 +111,9 @@ def watched(nodes: Sequence[Node], *, for_hessian: bool) -> Iterator[None]:
         for node in nodes:
             if not is_custom(node):
                 if for_hessian:
-                    raise missing(node, "its second derivative in this version of torch lacks that of the norms")
+                    raise missing(
+                        node, "its second derivative in this version of torch lacks that of the norms"
+                    )
                 continue
             handles.append(node.register_hook(_watch(node, for_hessian, seen)))
         yield
@@ -137,7 +139,11 @@ def _watch(node: Node, for_hessian: bool, seen: set[str]) -> Callable[[Any, Any]
         for g in given:
             if above and not reaches(g, above):
                 raise missing(node, "its backward detaches the gradient that it is given")
-        if for_hessian and type(node) not in proven and not any(reaches(g, set(inputs), above) for g in given):
+        if (
+            for_hessian
+            and type(node) not in proven
+            and not any(reaches(g, set(inputs), above) for g in given)
+        ):
             warnings.warn(
                 f"the backward of the custom autograd.Function {name} does not depend on its inputs, so its second "
                 "derivative counts as zero, which is right only for a piecewise linear function: where it is another, "

@@ -108,4 +108,6 @@ class Lanczos:
             raise ValueError("take at least one Lanczos step")
         m = self.steps
         off_diagonal = torch.stack(self._beta)[: m - 1]
-        return Tridiagonal(torch.stack(self._alpha), off_diagonal, self._beta[-1], torch.stack(self._basis[:m]))
+        return Tridiagonal(
+            torch.stack(self._alpha), off_diagonal, self._beta[-1], torch.stack(self._basis[:m])
+        )

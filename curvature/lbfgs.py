@@ -78,7 +78,9 @@ class LBFGS(LimitedMemory):
             y = theta * y + (1.0 - theta) * Bs
             sy = torch.dot(s, y)
         good = (sBs > 0) & (sy > 0)
-        change = torch.outer(y, y) / torch.where(good, sy, 1.0) - torch.outer(Bs, Bs) / torch.where(good, sBs, 1.0)
+        change = torch.outer(y, y) / torch.where(good, sy, 1.0) - torch.outer(Bs, Bs) / torch.where(
+            good, sBs, 1.0
+        )
         return torch.where(good, B + change, B)
 
 

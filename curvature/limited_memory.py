@@ -40,7 +40,9 @@ class LimitedMemory(Estimator):
             raise ValueError(f"history must be >= 1, got {self.history}")
         if isinstance(self.initial_curvature, str):
             if self.initial_curvature != "scaled":
-                raise ValueError(f"initial_curvature must be 'scaled' or a number > 0, got {self.initial_curvature!r}")
+                raise ValueError(
+                    f"initial_curvature must be 'scaled' or a number > 0, got {self.initial_curvature!r}"
+                )
         elif not self.initial_curvature > 0:
             raise ValueError(f"initial_curvature must be > 0, got {self.initial_curvature}")
 

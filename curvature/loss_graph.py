@@ -64,7 +64,9 @@ class LossGraph:
         """z: the one tensor of the model's outputs through which the loss is computed."""
         if self._output is None:
             if self.given_outputs is None:
-                raise ValueError("this curvature needs the model's outputs: call optimizer.backward(loss, outputs)")
+                raise ValueError(
+                    "this curvature needs the model's outputs: call optimizer.backward(loss, outputs)"
+                )
             self._output = output_tensor(self.given_outputs)
             check_outputs(self._output)
         return self._output
@@ -103,7 +105,9 @@ class LossGraph:
             self._gradient_edges = [
                 get_gradient_edge(g) if g.requires_grad else None for g in self.differentiable_gradient()
             ]
-        pairs = [(e, x, p) for e, x, p in zip(self._gradient_edges, v, self.params, strict=True) if e is not None]
+        pairs = [
+            (e, x, p) for e, x, p in zip(self._gradient_edges, v, self.params, strict=True) if e is not None
+        ]
         if not pairs:  # a loss that is linear in θ
             return [torch.zeros_like(p) for p in self.params]
         with explain_missing_derivative():
@@ -121,9 +125,13 @@ class LossGraph:
         if self._output_gradient is None:
             doubtful = doubtful_nodes(self.loss.grad_fn, self.output.grad_fn) if self.doubtful else []
             with explain_missing_derivative(LOSS_REMEDY, "loss"), watched(doubtful, for_hessian=True):
-                (gradient,) = torch.autograd.grad(self.loss, self.output, create_graph=True, allow_unused=True)
+                (gradient,) = torch.autograd.grad(
+                    self.loss, self.output, create_graph=True, allow_unused=True
+                )
                 if gradient is None:
-                    raise ValueError("the loss does not depend on outputs: pass what the loss was computed from")
+                    raise ValueError(
+                        "the loss does not depend on outputs: pass what the loss was computed from"
+                    )
                 refuse_cut_graph([gradient])
             self._output_gradient = gradient
         return self._output_gradient
@@ -199,7 +207,12 @@ class LossGraph:
         return self._doubtful
 
     def _grad(
-        self, of: Tensor, seed: Tensor | None = None, *, retain_graph: bool = False, create_graph: bool = False
+        self,
+        of: Tensor,
+        seed: Tensor | None = None,
+        *,
+        retain_graph: bool = False,
+        create_graph: bool = False,
     ) -> list[Tensor]:
         self._walked()  # a reentrant checkpoint is refused before it hides parameters
         seeds = None if seed is None else [seed]
@@ -217,7 +230,9 @@ def differentiate(
     create_graph: bool = False,
 ) -> list[Tensor]:
     """``torch.autograd.grad`` with zeros for parameters that are unused, or frozen at this moment."""
-    return filled(derivatives(outputs, params, seeds, retain_graph=retain_graph, create_graph=create_graph), params)
+    return filled(
+        derivatives(outputs, params, seeds, retain_graph=retain_graph, create_graph=create_graph), params
+    )
 
 
 def derivatives(
@@ -291,7 +306,11 @@ def _passes(graph: LossGraph) -> bool:
         node = pending.pop()
         if node is None:
             continue
-        if hasattr(node, "variable") or "CheckpointFunction" in node.name() or "CompiledFunction" in node.name():
+        if (
+            hasattr(node, "variable")
+            or "CheckpointFunction" in node.name()
+            or "CompiledFunction" in node.name()
+        ):
             return True
         for following, number in node.next_functions:
             at_output = following is z.grad_fn and number == z.output_nr
@@ -302,9 +321,7 @@ def _passes(graph: LossGraph) -> bool:
 
 
 @contextmanager
-def explain_missing_derivative(
-    remedy: str = HVP_REMEDY, what: str = "model"
-) -> Iterator[None]:
+def explain_missing_derivative(remedy: str = HVP_REMEDY, what: str = "model") -> Iterator[None]:
     """Turn autograd's message about a missing second or forward derivative into one that names the remedy."""
     try:
         yield
@@ -322,7 +339,8 @@ def explain_missing_derivative(
             causes = {"model": "a compiled graph, flash attention, sharding or a custom autograd.Function"}
             raise RuntimeError(
                 f"this {what} has no derivative of its derivative here "
-                f"({causes.get(what, 'a custom autograd.Function')}): {remedy}; autograd said: " + text.split("\n")[0]
+                f"({causes.get(what, 'a custom autograd.Function')}): {remedy}; autograd said: "
+                + text.split("\n")[0]
             ) from error
         raise
 
@@ -335,11 +353,15 @@ def check_loss(loss: object, outputs: object = None) -> None:
     ValueError: loss must be a scalar tensor, got a tensor of shape (2,); reduce it with .mean() or .sum()
     """
     if not isinstance(loss, Tensor) or loss.numel() != 1:
-        raise ValueError(f"loss must be a scalar tensor, got {describe(loss)}; reduce it with .mean() or .sum()")
+        raise ValueError(
+            f"loss must be a scalar tensor, got {describe(loss)}; reduce it with .mean() or .sum()"
+        )
     if loss.is_complex():
         raise ValueError("loss must be real, got a complex tensor: take its real part or its absolute value")
     if not loss.requires_grad:
-        raise ValueError("loss must require grad: was it computed under torch.no_grad, or from a frozen model?")
+        raise ValueError(
+            "loss must require grad: was it computed under torch.no_grad, or from a frozen model?"
+        )
     if isinstance(outputs, Tensor):
         refuse_empty(outputs)
 
@@ -347,7 +369,9 @@ def check_loss(loss: object, outputs: object = None) -> None:
 def refuse_empty(z: Tensor) -> None:
     """Refuse the outputs of an empty batch, whose mean loss is 0/0."""
     if z.numel() == 0:
-        raise ValueError(f"outputs hold no sample, their shape is {tuple(z.shape)}: leave the empty batch out")
+        raise ValueError(
+            f"outputs hold no sample, their shape is {tuple(z.shape)}: leave the empty batch out"
+        )
 
 
 def check_outputs(z: Tensor) -> None:
@@ -379,10 +403,14 @@ def output_tensor(outputs: Any) -> Tensor:
     elif isinstance(outputs, Sequence):
         named = {str(i): x for i, x in enumerate(outputs)}
     else:
-        raise TypeError(f"outputs must be a tensor, or a dict, tuple or dataclass of tensors, got {describe(outputs)}")
+        raise TypeError(
+            f"outputs must be a tensor, or a dict, tuple or dataclass of tensors, got {describe(outputs)}"
+        )
     if isinstance(named.get("logits"), Tensor):
         return named["logits"]  # type: ignore[no-any-return]
-    found = {k: x for k, x in named.items() if isinstance(x, Tensor) and x.is_floating_point() and x.requires_grad}
+    found = {
+        k: x for k, x in named.items() if isinstance(x, Tensor) and x.is_floating_point() and x.requires_grad
+    }
     if len(found) != 1:
         names = ", ".join(map(repr, found)) or "none"
         raise ValueError(
@@ -394,4 +422,6 @@ def output_tensor(outputs: Any) -> Tensor:
 
 def describe(value: object) -> str:
     """A short description of a value for messages: ``tensor of shape (2, 3)``."""
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__}"
+    return (
+        f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__}"
+    )

@@ -163,7 +163,10 @@ class LowRank(Estimator):
         step = cast(int, state["step"])
         k = min(self.rank + self.oversampling, size)
         fresh = torch.randn(
-            (k, size), generator=generator(self.seed, step, basis.device), device=basis.device, dtype=basis.dtype
+            (k, size),
+            generator=generator(self.seed, step, basis.device),
+            device=basis.device,
+            dtype=basis.dtype,
         )
         if step > 0:
             fresh[: len(basis)] = basis
@@ -177,7 +180,9 @@ class LowRank(Estimator):
         found = extreme_eigenvalues(
             B, r, "magnitude", tolerance=1e-3, max_products=min(size, 4 * r + 40), seed=self.seed
         )
-        return flat_rows([torch.stack(parts) for parts in zip(*found.eigenvectors, strict=True)]), found.eigenvalues
+        return flat_rows(
+            [torch.stack(parts) for parts in zip(*found.eigenvectors, strict=True)]
+        ), found.eigenvalues
 
     def store(self, state: State, U: Tensor, eigenvalues: Tensor) -> None:
         """The r leading pairs, in place."""

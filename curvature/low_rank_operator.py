@@ -84,7 +84,8 @@ class LowRankOperator(Operator):
     def diagonal(self) -> list[Tensor]:
         """γ + Σ_j μ_j u_j²."""
         return [
-            self.shift.to(u.device, u.dtype) + torch.tensordot(self.change.to(u.device, u.dtype), u.square(), dims=1)
+            self.shift.to(u.device, u.dtype)
+            + torch.tensordot(self.change.to(u.device, u.dtype), u.square(), dims=1)
             for u in self.basis
         ]
 
@@ -92,7 +93,9 @@ class LowRankOperator(Operator):
         """γI + U diag(μ) Uᵀ."""
         self._check_size("to_dense")
         U = flat_rows(self.basis)
-        return self.shift * torch.eye(U.shape[1], dtype=U.dtype, device=U.device) + U.T @ (self.change[:, None] * U)
+        return self.shift * torch.eye(U.shape[1], dtype=U.dtype, device=U.device) + U.T @ (
+            self.change[:, None] * U
+        )
 
 
 def flat_rows(rows: Sequence[Tensor]) -> Tensor:

@@ -136,7 +136,9 @@ def prove(loss: Loss, at: Sequence[Tensor]) -> None:
             for k, (node, p) in enumerate(pulled_back(value, here, create_graph=True)):
                 if any(len(v) <= k or v[k][1].shape != p.shape for v in values):
                     return  # another number of calls: the graph depends on values
-                wide, near = ((values[i][k][1] - values[i + 1][k][1]) / (w * step) for i, w in ((0, 2.0), (2, 1.0)))
+                wide, near = (
+                    (values[i][k][1] - values[i + 1][k][1]) / (w * step) for i, w in ((0, 2.0), (2, 1.0))
+                )
                 noise = 100 * unit_roundoff ** (2 / 3) * float(p.detach().abs().max()) if p.numel() else 0.0
                 check(node, p, near, (wide - near).abs() <= TOLERANCE * near.abs() + noise, noise)
 
@@ -168,7 +170,9 @@ def along(element: Tensor, leaves: Sequence[Tensor], d: Sequence[Tensor]) -> flo
     """∂element/∂θ · d by autograd."""
     if not element.requires_grad:
         return 0.0
-    gradients = torch.autograd.grad(element, leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
+    gradients = torch.autograd.grad(
+        element, leaves, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
     return float(torch.stack([(g.detach() * x).sum() for g, x in zip(gradients, d, strict=True)]).sum())
 
 

@@ -42,7 +42,9 @@ def to_scipy(operator: CurvatureOperator, like: Sequence[Tensor] | None = None) 
     if like is None:
         like = getattr(operator, "like", None)
         if like is None:
-            raise ValueError(f"{type(operator).__name__} does not tell its shapes: pass like=, the parameters")
+            raise ValueError(
+                f"{type(operator).__name__} does not tell its shapes: pass like=, the parameters"
+            )
     shaped: Sequence[Tensor] = like
     size = vectors.numel(shaped)
 
@@ -52,6 +54,8 @@ def to_scipy(operator: CurvatureOperator, like: Sequence[Tensor] | None = None) 
             piece.to(p.device, vectors.compute_dtype(p.dtype))
             for piece, p in zip(vectors.unflatten(flat, shaped), shaped, strict=True)
         ]
-        return np.concatenate([y.detach().to("cpu", torch.float64).reshape(-1).numpy() for y in operator.matvec(v)])
+        return np.concatenate(
+            [y.detach().to("cpu", torch.float64).reshape(-1).numpy() for y in operator.matvec(v)]
+        )
 
     return LinearOperator((size, size), matvec=matvec, rmatvec=matvec, dtype=np.float64)

@@ -34,7 +34,9 @@ def preserved(model: nn.Module) -> Iterator[None]:
             module._buffers.update(before)
         with torch.no_grad():
             for buffer, value in buffers:
-                if not torch.equal(buffer, value):  # a living graph may have saved one that nothing has written to
+                if not torch.equal(
+                    buffer, value
+                ):  # a living graph may have saved one that nothing has written to
                     buffer.copy_(value)
         for module, mode in modes:
             module.training = mode

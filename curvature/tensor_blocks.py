@@ -116,7 +116,11 @@ def along(x: Tensor, matrices: dict[int, Tensor], *, transpose: bool = False) ->
     """
     for i, matrix in matrices.items():
         if x.dim() == 2:  # the plain product, without a transposed copy
-            x = (matrix.mT if transpose else matrix) @ x if i == 0 else x @ (matrix if transpose else matrix.mT)
+            x = (
+                (matrix.mT if transpose else matrix) @ x
+                if i == 0
+                else x @ (matrix if transpose else matrix.mT)
+            )
             continue
         x = torch.tensordot(matrix, x, dims=([0 if transpose else 1], [i])).movedim(0, i)
     return x

@@ -232,7 +232,9 @@ def mend_backlinks(app: Sphinx, page: str, template: str, context: dict[str, Any
     if entry:
         objects, prefix = app.env.get_domain("py").objects, entry[3]  # type: ignore[attr-defined]
         for name in entry[2]:
-            known = [o for o in objects if o.endswith(f".{name}") and module.startswith(o.removesuffix(f".{name}"))]
+            known = [
+                o for o in objects if o.endswith(f".{name}") and module.startswith(o.removesuffix(f".{name}"))
+            ]
             if known and f"{prefix}.{name}" not in known:
                 context["body"] = context["body"].replace(f'#{prefix}.{name}"', f'#{known[0]}"')
 

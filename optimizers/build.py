@@ -56,7 +56,9 @@ def build(
     curvature.registry.UnknownNameError: unknown optimizer 'saoa': did you mean 'soaa'? ...
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be the torch.nn.Module itself, not its parameters; got {type(model).__name__}")
+        raise TypeError(
+            f"model must be the torch.nn.Module itself, not its parameters; got {type(model).__name__}"
+        )
     composed = curvature is not None or trust_region is not None
     if composed and optimizer is not None:
         raise TypeError("give either optimizer=, or curvature= and trust_region=, not both")
@@ -121,7 +123,9 @@ def check_required(factory: Callable[..., Any], part: str, given: Mapping[str, A
         and name not in given
     ]
     if missing:
-        raise TypeError(f"{part} needs {' and '.join(f'{name}=' for name in missing)}: build(model, …, {missing[0]}=…)")
+        raise TypeError(
+            f"{part} needs {' and '.join(f'{name}=' for name in missing)}: build(model, …, {missing[0]}=…)"
+        )
 
 
 def takes_model(factory: Callable[..., Any]) -> bool:

@@ -133,7 +133,9 @@ def check_value(name: str, value: Tensor | float, where: str, *, whole: bool = F
     kind = name.rpartition(SEPARATOR)[2].rpartition(".")[2]
     if isinstance(value, Tensor) and value.dim() > 0:
         if value.is_floating_point() and bool(local(value.detach()).isnan().any()):
-            raise ValueError(f"state {name!r} of {where} holds NaN: the checkpoint is damaged, take an earlier one")
+            raise ValueError(
+                f"state {name!r} of {where} holds NaN: the checkpoint is damaged, take an earlier one"
+            )
         return
     try:
         number = float(value)
@@ -145,7 +147,9 @@ def check_value(name: str, value: Tensor | float, where: str, *, whole: bool = F
         raise ValueError(f"state {name!r} of {where} must be a number, got NaN: the checkpoint is damaged")
     counts = kind in COUNTERS or kind.rpartition("_")[2] in COUNTERS or whole
     if counts and not (0.0 <= number < float("inf")):
-        raise ValueError(f"state {name!r} of {where} must be a count, got {number}: the checkpoint is damaged")
+        raise ValueError(
+            f"state {name!r} of {where} must be a count, got {number}: the checkpoint is damaged"
+        )
 
 
 def restored(value: Any, loaded: Any) -> Any:

@@ -77,7 +77,9 @@ class MatrixFreeEstimator(Estimator):
                 f"{type(self).__name__} needs the graph of the loss: call optimizer.backward(loss, outputs) in place "
                 "of loss.backward()"
             )
-        return summed([self.graph_product(graph, {"index": index}) for index, graph in enumerate(seen.graphs)])
+        return summed(
+            [self.graph_product(graph, {"index": index}) for index, graph in enumerate(seen.graphs)]
+        )
 
     def graph_product(self, graph: LossGraph, memory: Memory) -> HessianProduct:
         """v ↦ B v of one loss.

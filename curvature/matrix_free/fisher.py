@@ -132,7 +132,9 @@ class SampledOutputFisher:
     weights: Tensor
 
     @classmethod
-    def from_draws(cls, found: OutputLikelihood, draws: Iterator[Tensor], samples: int) -> SampledOutputFisher:
+    def from_draws(
+        cls, found: OutputLikelihood, draws: Iterator[Tensor], samples: int
+    ) -> SampledOutputFisher:
         """From σ = √c s of every draw; where c = 0 it does not matter."""
         floor = torch.finfo(found.weights.dtype).tiny
         inverse_root = torch.where(found.weights > 0, found.weights.clamp(min=floor).rsqrt(), 0.0)

@@ -166,5 +166,4 @@ def refuse_other_paths(snapshot: Snapshot) -> None:
     snapshot.on_graph(batch, check)
 
 
-
 estimators.add("gauss-newton", GaussNewton)

@@ -111,11 +111,14 @@ class Hessian(MatrixFreeEstimator):
 
     def snapshot(self, problem: Problem) -> Snapshot:
         """Differences take the model as it is; derivatives of derivatives need the math attention kernel."""
-        snapshot = Snapshot(problem, math_attention=self.hvp != "finite-difference", reuse_graph=self.reuse_graph)
+        snapshot = Snapshot(
+            problem, math_attention=self.hvp != "finite-difference", reuse_graph=self.reuse_graph
+        )
         if self.hvp == "reverse" and snapshot.has_doubtful_functions:
             batch = snapshot.batches[0]
             prove_hessian(
-                lambda leaves, then: snapshot.within(leaves, lambda: then(snapshot.evaluate(batch)[0])), snapshot.params
+                lambda leaves, then: snapshot.within(leaves, lambda: then(snapshot.evaluate(batch)[0])),
+                snapshot.params,
             )
         return snapshot
 

@@ -55,7 +55,9 @@ class MatrixFreeOperator(Operator):
             return krylov_solve(self.matvec, v, damping)
         if self._dense is None:
             self._dense = self.to_dense()
-        B = self._dense + damping * torch.eye(len(self._dense), dtype=self._dense.dtype, device=self._dense.device)
+        B = self._dense + damping * torch.eye(
+            len(self._dense), dtype=self._dense.dtype, device=self._dense.device
+        )
         return vectors.unflatten(solve_dense(B, vectors.flatten(v).to(B.dtype)), self.like)
 
 

@@ -66,7 +66,9 @@ class Snapshot:
             if p.requires_grad and name not in self._names
         }
         self._modes = [(m, m.training) for m in problem.model.modules()]
-        self._frozen = [(n, p, p._version) for n, p in problem.model.named_parameters() if not p.requires_grad]
+        self._frozen = [
+            (n, p, p._version) for n, p in problem.model.named_parameters() if not p.requires_grad
+        ]
         self._cached: LossGraph | None = None
         graph_bytes = self._check()
         if reuse_graph == "auto":
@@ -132,7 +134,9 @@ class Snapshot:
 
     def _substituted(self, params: Sequence[Tensor], run: Callable[[], T]) -> T:
         tensors = dict(zip(self._names, params, strict=True)) | self._others
-        tensors.update({name: b.clone() for name, b in self._buffers.items()})  # batch norm writes into its buffers
+        tensors.update(
+            {name: b.clone() for name, b in self._buffers.items()}
+        )  # batch norm writes into its buffers
         with sdpa_kernel(SDPBackend.MATH) if self._math_attention else nullcontext():
             result: T = torch.func.functional_call(self._frame, tensors, (run,))
         return result
@@ -224,7 +228,9 @@ class _PaddingSpy(TorchFunctionMode):
         position = {nn.functional.embedding: 2, torch.embedding: 2, nn.functional.embedding_bag: 10}.get(func)
         if position is not None:
             padding_idx = kwargs.get("padding_idx", args[position] if len(args) > position else None)
-            self.seen = self.seen or (padding_idx is not None and not (func is torch.embedding and padding_idx < 0))
+            self.seen = self.seen or (
+                padding_idx is not None and not (func is torch.embedding and padding_idx < 0)
+            )
         return func(*args, **kwargs)
 
 

@@ -82,7 +82,9 @@ class SpectralDensity:
 
     def moment(self, order: int) -> Tensor:
         """(1/P) tr(B^order), the mean over the probes; each quadrature is exact up to order 2 m - 1."""
-        return torch.stack([(w * t**order).sum() for t, w in zip(self.nodes, self.weights, strict=True)]).mean()
+        return torch.stack(
+            [(w * t**order).sum() for t, w in zip(self.nodes, self.weights, strict=True)]
+        ).mean()
 
 
 def spectral_density(

@@ -83,7 +83,9 @@ def extreme_eigenvalues(
     if not tolerance > 0:
         raise ValueError(f"tolerance must be > 0, got {tolerance}")
     if not 1 <= count <= min(B.size, max_products):
-        raise ValueError(f"count must be within 1 and {min(B.size, max_products)} (P or max_products), got {count}")
+        raise ValueError(
+            f"count must be within 1 and {min(B.size, max_products)} (P or max_products), got {count}"
+        )
     process = Lanczos(B, B.normals(1, seed)[:, 0])
     check_at = count
     while True:

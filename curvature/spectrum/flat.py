@@ -39,7 +39,9 @@ class FlatOperator:
     def __init__(self, operator: CurvatureOperator, like: Sequence[Tensor] | None = None) -> None:
         found = getattr(operator, "like", None) if like is None else like
         if found is None:
-            raise ValueError(f"{type(operator).__name__} does not tell its shapes: pass like=, the parameters")
+            raise ValueError(
+                f"{type(operator).__name__} does not tell its shapes: pass like=, the parameters"
+            )
         self._operator = operator
         self._like: list[Tensor] = list(found)
         self.size = vectors.numel(self._like)
@@ -66,20 +68,29 @@ class FlatOperator:
         """Tensors on the parameters' devices, shaped like them."""
         pieces = vectors.unflatten(x, self._like)
         return [
-            piece.to(p.device, vectors.compute_dtype(p.dtype)) for piece, p in zip(pieces, self._like, strict=True)
+            piece.to(p.device, vectors.compute_dtype(p.dtype))
+            for piece, p in zip(pieces, self._like, strict=True)
         ]
 
     def signs(self, count: int, seed: int) -> Tensor:
         """Rademacher vectors, (P, count)."""
         bits = torch.randint(
-            0, 2, (count, self.size), generator=generator(seed, 0, self.device), device=self.device, dtype=torch.int8
+            0,
+            2,
+            (count, self.size),
+            generator=generator(seed, 0, self.device),
+            device=self.device,
+            dtype=torch.int8,
         )
         return bits.to(self.dtype).mul_(2).sub_(1).T
 
     def normals(self, count: int, seed: int) -> Tensor:
         """Gaussian vectors, (P, count)."""
         return torch.randn(
-            (count, self.size), generator=generator(seed, 0, self.device), device=self.device, dtype=self.dtype
+            (count, self.size),
+            generator=generator(seed, 0, self.device),
+            device=self.device,
+            dtype=self.dtype,
         ).T
 
 

@@ -142,10 +142,14 @@ def leave_one_out_directions(R: Tensor) -> tuple[Tensor, Tensor]:
         S, (m, m), a column a direction; and which are usable: all, but where R is singular to working precision.
     """
     diagonal = R.diagonal().abs()
-    usable = diagonal > R.shape[0] * torch.finfo(R.dtype).eps * diagonal.amax().clamp(min=torch.finfo(R.dtype).tiny)
+    usable = diagonal > R.shape[0] * torch.finfo(R.dtype).eps * diagonal.amax().clamp(
+        min=torch.finfo(R.dtype).tiny
+    )
     if not bool(usable.all()):
         return torch.eye(R.shape[0], dtype=R.dtype, device=R.device), usable
-    inverse = torch.linalg.solve_triangular(R, torch.eye(R.shape[0], dtype=R.dtype, device=R.device), upper=True)
+    inverse = torch.linalg.solve_triangular(
+        R, torch.eye(R.shape[0], dtype=R.dtype, device=R.device), upper=True
+    )
     S = inverse.T
     return S / torch.linalg.vector_norm(S, dim=0), usable
 

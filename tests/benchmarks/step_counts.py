@@ -40,7 +40,9 @@ class Bytes(TorchDispatchMode):
             sizes = {(x.data_ptr(), x.nbytes) for x in touched if isinstance(x, Tensor)}
             self.operations += 1
             self.bytes += sum(size for _, size in sizes)
-            self.decompositions += any(name in str(function) for name in ("linalg_qr", "linalg_eigh", "cholesky"))
+            self.decompositions += any(
+                name in str(function) for name in ("linalg_qr", "linalg_eigh", "cholesky")
+            )
         return result
 
 
@@ -78,7 +80,9 @@ def counted(model: str, preset: str) -> dict[str, float]:
 
 def main() -> None:
     """Count, and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, required=True)
     asked = parser.parse_args()
     found = {model: {preset: counted(model, preset) for preset in PRESETS} for model in MODELS}

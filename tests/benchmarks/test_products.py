@@ -86,7 +86,9 @@ def test_time_of_a_product(make: Callable[[], Setting], limit: float) -> None:
     for name, seconds in found.items():
         print(f"  {name:32} {seconds / found['gradient']:.2f} gradients")
     assert found["hessian, reverse"] <= limit * found["gradient"]
-    assert found["hessian, reverse, graph anew"] <= 1.2 * limit * found["gradient"]  # it trades time for memory
+    assert (
+        found["hessian, reverse, graph anew"] <= 1.2 * limit * found["gradient"]
+    )  # it trades time for memory
 
 
 def peak_bytes(run: Callable[[], object]) -> int:

@@ -192,7 +192,10 @@ def test_a_right_function_passes_and_has_the_hessian_of_differences(function: An
     model = network(function)
     H = differences(model)
     for estimator in (Hessian(), Hessian(hvp="finite-difference")):
-        assert dense.relative_error(estimate(estimator, model, functional.cross_entropy, [(X, Y)]).to_dense(), H) < 1e-6
+        assert (
+            dense.relative_error(estimate(estimator, model, functional.cross_entropy, [(X, Y)]).to_dense(), H)
+            < 1e-6
+        )
     diagonal = estimate(HessianDiagonal(), model, functional.cross_entropy, [(X, Y)]).diagonal()
     assert dense.relative_error(dense.flat(diagonal), H.diagonal()) < 1e-6
 
@@ -238,7 +241,9 @@ def test_a_jacobian_product_needs_the_backward_as_a_function_of_its_gradient_alo
 
 
 @pytest.mark.parametrize("function", [*RIGHT, *CUT, *SILENT])
-@pytest.mark.parametrize("kind", ["gauss-newton", "kfac", "ekfac", "gauss-newton-diagonal", "hutchinson-diagonal"])
+@pytest.mark.parametrize(
+    "kind", ["gauss-newton", "kfac", "ekfac", "gauss-newton-diagonal", "hutchinson-diagonal"]
+)
 def test_a_function_in_the_loss_is_proven_as_well(kind: str, function: Any) -> None:
     model = seeded(nn.Linear(3, 3))
 
@@ -300,7 +305,9 @@ def test_a_step_refuses_what_its_graph_shows_and_says_what_it_cannot_see(preset:
             step(PRESETS[preset](model), model)
     for function in (KeptSlope, DetachedInput):
         model = network(function)
-        with pytest.warns(UserWarning, match=f"{function.__name__} does not depend on its inputs.*piecewise linear"):
+        with pytest.warns(
+            UserWarning, match=f"{function.__name__} does not depend on its inputs.*piecewise linear"
+        ):
             step(PRESETS[preset](model), model)
     model = network(Right)
     step(PRESETS[preset](model), model)
@@ -324,7 +331,9 @@ def test_checkpoints_are_right_or_refused(reentrant: bool) -> None:
         return seeded(
             Call(
                 lambda m, x: m.b(
-                    checkpoint(lambda h: function.apply(m.a(h)), x.clone().requires_grad_(), use_reentrant=reentrant)
+                    checkpoint(
+                        lambda h: function.apply(m.a(h)), x.clone().requires_grad_(), use_reentrant=reentrant
+                    )
                 ),
                 a=nn.Linear(3, 4),
                 b=nn.Linear(4, 3),
@@ -334,10 +343,18 @@ def test_checkpoints_are_right_or_refused(reentrant: bool) -> None:
     model = make(Right)
     if reentrant:  # autograd.grad would find no parameter in it, and take their derivatives for zero
         every = [*HESSIANS.values(), Hessian(hvp="finite-difference"), GaussNewton(), GaussNewtonDiagonal()]
-        every += [KFAC(model), EKFAC(model), Fisher("categorical"), FisherDiagonal("categorical"), EmpiricalFisher()]
+        every += [
+            KFAC(model),
+            EKFAC(model),
+            Fisher("categorical"),
+            FisherDiagonal("categorical"),
+            EmpiricalFisher(),
+        ]
         every += [EmpiricalFisherDiagonal(), EmpiricalFisherDiagonal(samples="per_sample"), Shampoo()]
         for estimator in every:
-            with pytest.raises(RuntimeError, match=r"hides its layers behind CheckpointFunction.*use_reentrant=False"):
+            with pytest.raises(
+                RuntimeError, match=r"hides its layers behind CheckpointFunction.*use_reentrant=False"
+            ):
                 estimate(estimator, model, functional.cross_entropy, [(X, Y)]).matvec(dense.trainable(model))
         return
     for estimator in (Hessian(), HutchinsonDiagonal()):

@@ -167,7 +167,11 @@ def shards_in_bfloat16(folder: Path) -> None:
 def ways_of_ddp(folder: Path) -> None:
     """Curvature that sends vectors back before the gradient is there leaves DDP's own reductions alone: a static graph
     asks for one in the first backward pass, which a measurement must not spend."""
-    for options in ({"static_graph": True}, {"find_unused_parameters": True}, {"gradient_as_bucket_view": True}):
+    for options in (
+        {"static_graph": True},
+        {"find_unused_parameters": True},
+        {"gradient_as_bucket_view": True},
+    ):
         for name in ("adahessian", "kfac"):
             fixed: dict[str, Any] = {"damping": "fixed", "radius": 1.0} if name == "kfac" else {}
             expected, model = network(), network()

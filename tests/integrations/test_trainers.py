@@ -83,7 +83,9 @@ def plain(
         for x, y in zip(X.chunk(PARTS), Y.chunk(PARTS), strict=True):
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 outputs = model(x)
-            outputs = outputs.float()  # as Accelerate returns them: what looks at outputs would see them rounded
+            outputs = (
+                outputs.float()
+            )  # as Accelerate returns them: what looks at outputs would see them rounded
             loss = torch.nn.functional.cross_entropy(outputs, y)
             optimizer.backward(loss / PARTS, outputs)
         if clip is not None:

@@ -42,7 +42,8 @@ def curvature_of(optimizer: SecondOrder) -> list[Any]:
     """What the estimator keeps, and the counts of steps."""
     entries = optimizer.state_dict()["state"].values()
     return [
-        copy.deepcopy({k: v for k, v in e.items() if k == "step" or k.startswith("curvature")}) for e in entries
+        copy.deepcopy({k: v for k, v in e.items() if k == "step" or k.startswith("curvature")})
+        for e in entries
     ]
 
 

@@ -97,7 +97,8 @@ DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a tensor without values": lambda s: edit(s, 1, "momentum", torch.zeros(8, device="meta")),
     "a count too large for a float": lambda s: edit(s, 1, "step", 10**400),
     "parameters that are lists": lambda s: {
-        **s, "param_groups": [{**s["param_groups"][0], "params": [[0], [1], [2], [3]]}]
+        **s,
+        "param_groups": [{**s["param_groups"][0], "params": [[0], [1], [2], [3]]}],
     },
     "a parameter twice": lambda s: {
         "state": {0: s["state"][0], 1: s["state"][1], 3: s["state"][3]},
@@ -279,7 +280,12 @@ def test_hostile_run_folder_is_an_error_not_code(tmp_path: Path) -> None:
     for key in ("../../outside", str(tmp_path / "outside"), "*", "x" * 5000, "\0"):
         with pytest.raises(AblationError, match="no finished run"):
             store.load(key)
-    for text in ("[" * 100_000, '{"result": 1}', '{"result": {}, "trace": "x"}', '{"result": {}, "environment": []}'):
+    for text in (
+        "[" * 100_000,
+        '{"result": 1}',
+        '{"result": {}, "trace": "x"}',
+        '{"result": {}, "environment": []}',
+    ):
         (store.runs / "abc.json").write_text(text)
         with pytest.raises(AblationError, match=r"abc\.json"):
             store.load("abc")

@@ -156,7 +156,10 @@ def test_a_closure_may_clip_and_log_its_gradients_in_a_trial_too(direct: bool) -
     model = nn.Linear(5, 1)
     x = torch.randn(16, 5, generator=torch.Generator().manual_seed(0))
     optimizer = SecondOrder(
-        model.parameters(), lr=1.0, curvature=Identity(), trust_region=TrustRegion(L2Ball(), radius=Judge(True))
+        model.parameters(),
+        lr=1.0,
+        curvature=Identity(),
+        trust_region=TrustRegion(L2Ball(), radius=Judge(True)),
     )
     norms = []
 

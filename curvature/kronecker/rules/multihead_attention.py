@@ -74,7 +74,9 @@ class PackedProjectionRule(LayerRule):
         module = cast(nn.MultiheadAttention, modules[name])
         recorded = trace.calls.get(name, [])
         uses = trace.uses.get(id(module.in_proj_weight), [])
-        if not uses and module.in_proj_bias is not None:  # a bias trained alone needs no inputs, only the nodes
+        if (
+            not uses and module.in_proj_bias is not None
+        ):  # a bias trained alone needs no inputs, only the nodes
             uses = trace.uses.get(id(module.in_proj_bias), [])
         found = []
         for call, parts in zip(recorded, _calls_of(uses, recorded, name), strict=True):

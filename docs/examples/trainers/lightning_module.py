@@ -55,4 +55,6 @@ for model in (Classifier(), ManualClassifier()):
     )
     trainer.fit(model, loader)
     radius = float(trainer.optimizers[0].step_info.radius)
-    print(f"{type(model).__name__}: loss {model.history[0]:.4f} -> {model.history[-1]:.4f}, radius {radius:.4f}")
+    print(
+        f"{type(model).__name__}: loss {model.history[0]:.4f} -> {model.history[-1]:.4f}, radius {radius:.4f}"
+    )

@@ -44,4 +44,6 @@ trainer.add_callback(TrainerHook(trainer))
 trainer.train()
 
 losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-print(f"loss {float(losses[0]):.4f} -> {float(losses[-1]):.4f}, radius {float(optimizer.step_info.radius):.4f}")
+print(
+    f"loss {float(losses[0]):.4f} -> {float(losses[-1]):.4f}, radius {float(optimizer.step_info.radius):.4f}"
+)

@@ -201,7 +201,9 @@ def check_the_rest(operator: Any, model: nn.Module, x: Tensor) -> None:
 def test_projections_of_other_dimensions_are_a_block_each_and_their_packed_bias_another(
     kind: type[KFAC], training: bool, bias: bool, batch_first: bool
 ) -> None:
-    model = Model("all different", {"need_weights": False}, kdim=3, vdim=2, bias=bias, batch_first=batch_first)
+    model = Model(
+        "all different", {"need_weights": False}, kdim=3, vdim=2, bias=bias, batch_first=batch_first
+    )
     model, x = model.train(training), torch.randn(N, L + S, E)
     B = estimate(kind(model), model, LOSS, [(x, Y)])
     assert not B.layout.diagonal
@@ -216,7 +218,9 @@ def test_projections_of_other_dimensions_are_a_block_each_and_their_packed_bias_
         for group, name in enumerate("qkv"):
             weight, biases = ours[f"attention.{name}_proj_weight"], ours.get("attention.in_proj_bias")
             found = weight[0] if part == "weight" else biases[group]
-            scale = theirs["q" if part == "weight" else "v"].abs().max()  # a softmax does not feel the keys' bias
+            scale = (
+                theirs["q" if part == "weight" else "v"].abs().max()
+            )  # a softmax does not feel the keys' bias
             assert float((found - theirs[name][0]).abs().max() / scale) < TIGHT, (name, part)
         assert dense.relative_error(ours["attention.out_proj.weight"], theirs["out"]) < TIGHT
     if kind is EKFAC:

@@ -55,7 +55,10 @@ def expected(model: nn.Sequential, x: Tensor, G: list[Tensor], squares: list[Ten
 def test_empirical_factors_are_those_of_the_rows() -> None:
     model, x, target = problem()
     ours = estimate(
-        KFAC(model, fisher="empirical", between_samples="drop"), model, functional.cross_entropy, [(x, target)]
+        KFAC(model, fisher="empirical", between_samples="drop"),
+        model,
+        functional.cross_entropy,
+        [(x, target)],
     ).to_dense()
     rows, normalised, z = by_hand(model, x)
     u = torch.autograd.grad(functional.cross_entropy(z, target), rows)
@@ -73,7 +76,10 @@ def test_drawn_labels_approach_the_rows_own_curvature() -> None:
     rows, normalised, z = by_hand(model, x)
     p = torch.softmax(z, 1).detach()
     M = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
-    G, squares = [torch.zeros(4, 4).double(), torch.zeros(2, 2).double()], [torch.zeros(4).double() for _ in range(2)]
+    G, squares = (
+        [torch.zeros(4, 4).double(), torch.zeros(2, 2).double()],
+        [torch.zeros(4).double() for _ in range(2)],
+    )
     for n in range(N):
         of_class = [torch.autograd.grad(z[n, c], rows, retain_graph=True) for c in range(2)]
         J = [torch.stack(g) for g in zip(*of_class, strict=True)]

@@ -52,7 +52,12 @@ def regression() -> Case:
 def binary() -> Case:
     g = generator(3)
     x = torch.randn(6, 4, generator=g, dtype=torch.float64)
-    return mlp(out=1), nn.BCEWithLogitsLoss(), x, torch.tensor([[0.0], [1], [1], [0], [1], [0]], dtype=torch.float64)
+    return (
+        mlp(out=1),
+        nn.BCEWithLogitsLoss(),
+        x,
+        torch.tensor([[0.0], [1], [1], [0], [1], [0]], dtype=torch.float64),
+    )
 
 
 def summed() -> Case:

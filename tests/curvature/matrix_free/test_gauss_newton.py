@@ -115,7 +115,9 @@ def test_ways_that_run_the_model_again_are_refused_in_an_optimizer(mode: str) ->
 def test_loss_without_outputs_names_the_remedy() -> None:
     model, loss_fn, x, y = cases.classification()
     params = dense.trainable(model)
-    seen = Observation([None] * len(params), graphs=[LossGraph(loss_fn(model(x), y), params)], parameters=params)
+    seen = Observation(
+        [None] * len(params), graphs=[LossGraph(loss_fn(model(x), y), params)], parameters=params
+    )
     estimator, state = GaussNewton(), {}
     estimator.update(state, seen)
     with pytest.raises(ValueError, match=r"optimizer\.backward\(loss, outputs\)"):

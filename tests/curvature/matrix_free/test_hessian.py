@@ -209,7 +209,10 @@ def test_forward_mode_refuses_padding_idx_and_reverse_is_right() -> None:
     B = estimate(Hessian(hvp="forward"), model, loss_fn, [(x, y)])
     with pytest.raises(ValueError, match="padding_idx"):
         B.to_dense()
-    assert dense.relative_error(estimate(Hessian(), model, loss_fn, [(x, y)]).to_dense(), reference(case)) < 1e-12
+    assert (
+        dense.relative_error(estimate(Hessian(), model, loss_fn, [(x, y)]).to_dense(), reference(case))
+        < 1e-12
+    )
 
 
 class NoDoubleBackward(torch.autograd.Function):
@@ -347,7 +350,10 @@ def test_finite_differences_take_the_closures_gradients() -> None:
         estimator.update(state, seen)
     seen.gradient_at = gradient_at
     estimator.update(state, seen)
-    assert dense.relative_error(estimator.operator(state).to_dense(), reference(case)) < MODES["finite-difference"]
+    assert (
+        dense.relative_error(estimator.operator(state).to_dense(), reference(case))
+        < MODES["finite-difference"]
+    )
 
 
 def test_forward_mode_in_an_optimizer_is_refused() -> None:
@@ -383,7 +389,9 @@ def test_solve_inverts_an_indefinite_hessian(limit: int) -> None:
 
 
 @pytest.mark.parametrize("limit", [0, 512])
-def test_singular_hessian_without_damping_is_refused_even_for_a_consistent_right_hand_side(limit: int) -> None:
+def test_singular_hessian_without_damping_is_refused_even_for_a_consistent_right_hand_side(
+    limit: int,
+) -> None:
     model, loss_fn, x, y = cases.classification()  # softmax ignores a common shift: singular
     B = estimate(Hessian(), model, loss_fn, [(x, y)])
     B.dense_solve_limit = limit

@@ -187,7 +187,9 @@ def test_krylov_solve_refuses_nan() -> None:
 
 
 def test_solve_inverts_a_large_damped_gauss_newton() -> None:
-    model = cases.randomise(torch.nn.Sequential(torch.nn.Linear(20, 40), torch.nn.Tanh(), torch.nn.Linear(40, 3)))
+    model = cases.randomise(
+        torch.nn.Sequential(torch.nn.Linear(20, 40), torch.nn.Tanh(), torch.nn.Linear(40, 3))
+    )
     model = model.double()
     x = torch.randn(50, 20, generator=cases.generator(), dtype=torch.float64)
     y = torch.randint(0, 3, (50,), generator=cases.generator())

@@ -25,7 +25,14 @@ with warnings.catch_warnings():
 
 def gpt2() -> tuple[nn.Module, Any, Any, Tensor]:
     config = transformers.GPT2Config(
-        vocab_size=11, n_positions=8, n_embd=8, n_layer=2, n_head=2, resid_pdrop=0.1, attn_pdrop=0.1, embd_pdrop=0.1
+        vocab_size=11,
+        n_positions=8,
+        n_embd=8,
+        n_layer=2,
+        n_head=2,
+        resid_pdrop=0.1,
+        attn_pdrop=0.1,
+        embd_pdrop=0.1,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -84,7 +84,9 @@ def test_split_of_the_data_gives_the_same(method: str) -> None:
     assert dense.relative_error(parts, whole) < 1e-9
 
 
-def observe(estimator: LowRank, state: dict, model: nn.Module, parts: list[tuple[float, Tensor, Tensor]]) -> None:
+def observe(
+    estimator: LowRank, state: dict, model: nn.Module, parts: list[tuple[float, Tensor, Tensor]]
+) -> None:
     """One step of an optimizer: measure on every loss, add, update."""
     params = dense.trainable(model)
     graphs, sketch = [], None
@@ -98,7 +100,10 @@ def observe(estimator: LowRank, state: dict, model: nn.Module, parts: list[tuple
     estimator.update(
         state,
         Observation(
-            [None] * len(params), statistics={"sketch": sketch} if sketch else {}, graphs=graphs, parameters=params
+            [None] * len(params),
+            statistics={"sketch": sketch} if sketch else {},
+            graphs=graphs,
+            parameters=params,
         ),
     )
 

@@ -38,7 +38,9 @@ def walk(count: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         yield s, nonquadratic(x)
 
 
-def feed(estimator: LimitedMemory, pairs: Iterator[tuple[Tensor, Tensor]]) -> tuple[dict, list[tuple[Tensor, Tensor]]]:
+def feed(
+    estimator: LimitedMemory, pairs: Iterator[tuple[Tensor, Tensor]]
+) -> tuple[dict, list[tuple[Tensor, Tensor]]]:
     """The state after the walk, and all its pairs (s, y)."""
     state = estimator.init(like())
     previous: Tensor | None = None
@@ -204,7 +206,9 @@ def test_rejected_step_and_nan_teach_nothing(make: type[LimitedMemory]) -> None:
 @pytest.mark.parametrize("make", [LSR1, LBFGS])
 def test_without_a_pair_it_is_the_identity(make: type[LimitedMemory]) -> None:
     estimator = make(history=4)
-    assert torch.equal(estimator.operator(estimator.init(like())).to_dense(), torch.eye(SIZE, dtype=torch.float64))
+    assert torch.equal(
+        estimator.operator(estimator.init(like())).to_dense(), torch.eye(SIZE, dtype=torch.float64)
+    )
 
 
 @pytest.mark.parametrize("make", [LSR1, LBFGS])
@@ -243,6 +247,8 @@ def test_missing_step_names_the_remedy(make: type[LimitedMemory]) -> None:
         (LBFGS, {"safeguard": "none"}, "safeguard must be 'skip' or 'powell'"),
     ],
 )
-def test_bad_arguments_are_refused(make: type[LimitedMemory], options: dict[str, object], message: str) -> None:
+def test_bad_arguments_are_refused(
+    make: type[LimitedMemory], options: dict[str, object], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         make(**options)  # type: ignore[arg-type]

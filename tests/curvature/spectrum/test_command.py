@@ -53,7 +53,9 @@ def matrix(task: Workload, checkpoint: Path | None, of: str) -> tuple[torch.Tens
 
 
 @pytest.mark.parametrize("of", ["hessian", "gauss-newton"])
-def test_numbers_are_those_of_the_dense_matrix_at_the_checkpoint(small: Workload, of: str, tmp_path: Path) -> None:
+def test_numbers_are_those_of_the_dense_matrix_at_the_checkpoint(
+    small: Workload, of: str, tmp_path: Path
+) -> None:
     path = tmp_path / "model.pt"
     torch.save(cases.randomise(small.model(), 8).state_dict(), path)
     rng = torch.get_rng_state()
@@ -110,6 +112,7 @@ def test_checkpoint_under_the_key_model_is_found(small: Workload, tmp_path: Path
     torch.save(state, tmp_path / "plain.pt")
     torch.save({"model": state, "step": torch.tensor(3)}, tmp_path / "nested.pt")
     plain, nested = (
-        command.measure("small", tmp_path / n, steps=3, probes=1, eigenvalues=1) for n in ("plain.pt", "nested.pt")
+        command.measure("small", tmp_path / n, steps=3, probes=1, eigenvalues=1)
+        for n in ("plain.pt", "nested.pt")
     )
     assert plain.largest == nested.largest

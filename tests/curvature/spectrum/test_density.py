@@ -60,7 +60,9 @@ def test_semicircle_of_a_random_matrix() -> None:
 def test_low_rank_spectrum_has_its_mass_at_zero() -> None:
     B = matrices.low_rank()
     spectrum = spectral_density(matrices.operator(B), steps=20, probes=8)
-    at_zero = torch.stack([w[t.abs() < 1e-8].sum() for t, w in zip(spectrum.nodes, spectrum.weights, strict=True)])
+    at_zero = torch.stack(
+        [w[t.abs() < 1e-8].sum() for t, w in zip(spectrum.nodes, spectrum.weights, strict=True)]
+    )
     assert abs(at_zero.mean() - 57 / 60) < 0.05  # 8 probes
     assert all(int((w > 1e-12).sum()) == 4 for w in spectrum.weights)
 

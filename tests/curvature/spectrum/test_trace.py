@@ -16,7 +16,9 @@ ALL = pytest.mark.parametrize("trace", ESTIMATORS)
 
 @ALL
 @pytest.mark.parametrize("make", [matrices.decaying, matrices.indefinite, matrices.flat_spectrum])
-def test_mean_over_400_seeds_is_the_trace(trace: Callable[..., Estimated], make: Callable[[int], torch.Tensor]) -> None:
+def test_mean_over_400_seeds_is_the_trace(
+    trace: Callable[..., Estimated], make: Callable[[int], torch.Tensor]
+) -> None:
     B = make(20)
     estimates = torch.stack([trace(matrices.operator(B), 12, seed=s).value for s in range(400)])
     error = estimates.std() / 400**0.5

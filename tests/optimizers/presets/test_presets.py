@@ -229,7 +229,9 @@ def test_bad_arguments_of_kronecker_presets(preset: type[SecondOrder]) -> None:
 
 
 def test_an_unknown_option_is_answered_with_the_nearest_and_with_all_that_are_passed_on() -> None:
-    with pytest.raises(TypeError, match=r"SOAA takes no option 'beta': did you mean 'betas'\? valid: .*compile"):
+    with pytest.raises(
+        TypeError, match=r"SOAA takes no option 'beta': did you mean 'betas'\? valid: .*compile"
+    ):
         optimizers.SOAA(network().parameters(), beta=(0.9, 0.99))  # type: ignore[arg-type]
 
 
