@@ -43,14 +43,14 @@ def test_what_the_page_on_compilation_says() -> None:
     """docs/explanation/compilation.md: the two passes, their times, the eager step."""
     models = measured("step_cost")["models"]
     big = {name: row["ratio"] for name, row in models[FLAT]["contenders"].items()}
-    assert big["SOAA compiled"] < big["SOAA eager"] / 3
+    assert big["SOAA compiled"] < big["SOAA eager"] / 1.8
     small = models["mlp-1.3M"]["contenders"]
-    assert small["AdamW composed, compiled"]["ratio"] < small["AdamW composed, eager"]["ratio"] / 2
+    assert small["AdamW composed, compiled"]["ratio"] < small["AdamW composed, eager"]["ratio"] / 1.8
     for name, most in (
         ("mlp-1.3M", 1.1),
-        ("gpt-0.8M", 1.5),
-        ("gpt2-12.7M", 1.4),
-        (FLAT, 0.85),
+        ("gpt-0.8M", 1.1),
+        ("gpt2-12.7M", 0.7),
+        (FLAT, 0.6),
     ):  # beside foreach AdamW
         rows = models[name]["contenders"]
         assert rows["SOAA eager"]["ratio"] < most * rows["torch AdamW foreach"]["ratio"]
