@@ -22,7 +22,7 @@ from optimizers.compiled.kernels import Kind
 from optimizers.compiled.tensors import Options, Tensors, classes
 from optimizers.elementwise import Formula, correction, prediction_of
 
-BLOCK = 1 << 18
+BLOCK = 1 << 17
 """Elements a block: what is worked on stays in the cache, and calls are few."""
 
 SMALL = 1 << 15

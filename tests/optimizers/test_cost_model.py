@@ -236,12 +236,14 @@ def test_compiled_step_takes_the_time_of_its_traffic(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["soaa", "adamw"])
-def test_eager_step_takes_the_time_of_what_its_operations_move(name: str) -> None:
+def test_eager_step_takes_no_more_than_what_its_operations_move(name: str) -> None:
+    """And no less than what must pass memory: blocks stay in the cache, as far as other work leaves them there."""
     row = {"soaa": "SOAA eager", "adamw": "AdamW composed, eager"}[name]
     measured = MEASURED["models"]["flat-50M"]["contenders"][row]["ratio"]
     optimizer, closure = trainer(name)
     moved = counted(optimizer, closure) / (28 * cost(name, TINY).parameters)
-    assert moved == pytest.approx(measured, rel=0.25)
+    flat = (Layer("norm", 50_000_000, bias=False),)
+    assert cost(name, flat).traffic / (28 * 50_000_000) <= measured <= 1.25 * moved
 
 
 def test_soaa_to_adamw_is_the_ratio_of_their_traffic_at_every_size() -> None:
