@@ -330,6 +330,7 @@ def database_errors(url: str) -> Iterator[None]:
         sqlalchemy.exc.SQLAlchemyError,
         RuntimeError,
         ImportError,
+        json.JSONDecodeError,
     ) as error:
         cause = error.__cause__ or error
         text = " ".join(str(getattr(cause, "orig", None) or cause).split())
@@ -340,6 +341,9 @@ def database_errors(url: str) -> Iterator[None]:
             remedy = "make room on its disk, then give the same command once more"
         elif "version" in text or "schema" in text:
             remedy = f"it was made by another version of Optuna: optuna storage upgrade --storage {safe}, or a new one"
+        elif isinstance(error, json.JSONDecodeError):
+            text = "it holds an attribute that is no JSON, which no study writes"
+            remedy = "remove it, or give another --storage"
         elif isinstance(cause, ImportError) or "Can't load plugin" in text:
             remedy = "install the driver that this kind of address needs, or use sqlite:///FILE"
         else:

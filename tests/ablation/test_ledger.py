@@ -270,6 +270,17 @@ def test_database_of_another_version_is_one_error(tmp_path: Path, url: str) -> N
         StudyLedger(url, "s", Store(tmp_path / "b"), ABLATION.runs())
 
 
+def test_a_database_with_foreign_content_is_one_error(tmp_path: Path, url: str) -> None:
+    """Attributes are JSON: what is none is refused, and nothing in it is run."""
+    StudyLedger(url, "s", Store(tmp_path / "a"), ABLATION.runs()).close()
+    with sqlite3.connect(tmp_path / "study.db") as database:
+        database.execute("UPDATE trial_user_attributes SET value_json = '__import__(\"os\")'")
+        database.execute("UPDATE trial_system_attributes SET value_json = '__import__(\"os\")'")
+    database.close()
+    with pytest.raises(AblationError, match=r"no JSON, which no study writes: remove it.*intact"):
+        StudyLedger(url, "s", Store(tmp_path / "b"), ABLATION.runs())
+
+
 @pytest.mark.parametrize("address", ["nonsense", "nosuch://host/db", "sqlite:////nonexistent/folder/x.db"])
 def test_bad_address_is_one_error(tmp_path: Path, address: str) -> None:
     with pytest.raises(AblationError, match="study database"):
