@@ -6,19 +6,17 @@ eigenvalues, refreshed in turns: every block once in ``inverse_interval`` steps,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from curvature.kronecker.eigen import eigh_many
+from curvature.kronecker.eigen import Decomposition, eigh_many
 from curvature.kronecker.layout import Block, Layout
 from curvature.kronecker.nearest import nearest_product
 from curvature.protocols import State
 from curvature.running_mean import running_mean_
-
-Decomposition = Callable[[Sequence[Tensor]], "list[tuple[Tensor, Tensor]]"]
 
 KEYS = ("A", "G", "A_vectors", "A_values", "G_vectors", "G_values", "diagonal")
 #: The factors of the uses with exchanged sides, in a model that has some.
@@ -148,7 +146,7 @@ def refresh_(state: State, blocks: Sequence[Block], decompose: Decomposition = e
     Args:
         state: changed in place.
         blocks: those to refresh.
-        decompose: the eigendecompositions of many matrices.
+        decompose: the matrices, given the bases that they had.
     """
     work: list[tuple[str, int, Tensor]] = []
     for block in blocks:
@@ -162,7 +160,8 @@ def refresh_(state: State, blocks: Sequence[Block], decompose: Decomposition = e
             work.append(("G", i, G))
         else:  # G = I
             held(state, "G_values")[i] = torch.ones_like(held(state, "G_values")[i])
-    found = decompose([matrix for _, _, matrix in work])
+    before = [held(state, f"{key}_vectors")[i] for key, i, _ in work]
+    found = decompose([matrix for _, _, matrix in work], before)
     for (key, i, _), (values, basis) in zip(work, found, strict=True):
         held(state, f"{key}_values")[i] = alone(values)
         held(state, f"{key}_vectors")[i] = alone(basis)

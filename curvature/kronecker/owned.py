@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from curvature.kronecker import learning
-from curvature.kronecker.eigen import eigh_here
+from curvature.kronecker.eigen import Decomposition, eigh_here
 from curvature.kronecker.layout import Block, Layout
 from curvature.kronecker.learning import held
 from curvature.kronecker.operator import Eigenblock, KroneckerOperator, gather, scatter
@@ -110,7 +110,9 @@ def bases_of(state: State, layout: Layout) -> Bases:
     return bases
 
 
-def refresh_(state: State, layout: Layout, due: Sequence[Block]) -> None:
+def refresh_(
+    state: State, layout: Layout, due: Sequence[Block], decompose: Decomposition = eigh_here
+) -> None:
     """New eigenbases for the blocks that are due, and for those that have none though they were observed.
 
     Each is decomposed by its owner, which keeps the vectors and tells everyone the values.
@@ -119,6 +121,7 @@ def refresh_(state: State, layout: Layout, due: Sequence[Block]) -> None:
         state: changed in place.
         layout: all blocks.
         due: those to refresh in any case.
+        decompose: the matrices of one process, given the bases that they had.
     """
     bases = bases_of(state, layout)
     blocks = list(due)
@@ -134,9 +137,13 @@ def refresh_(state: State, layout: Layout, due: Sequence[Block]) -> None:
         empty = [a.new_empty(0) for a in held(state, "A_values")]
         own: State = {**state, "A_vectors": list(empty), "G_vectors": list(empty)}
         for b in mine:  # the identity of a G that is not kept is shaped like its vectors
+            Q_A, Q_G = bases.vectors.get(b.root, (empty[b.root], empty[b.root]))
             g = held(state, "G_values")[b.root]
-            held(own, "G_vectors")[b.root] = g.new_empty(()).expand(*g.shape, g.shape[-1])
-        learning.refresh_(own, mine, eigh_here)
+            held(own, "A_vectors")[b.root] = Q_A
+            held(own, "G_vectors")[b.root] = (
+                Q_G if Q_G.numel() else g.new_zeros(()).expand(*g.shape, g.shape[-1])
+            )
+        learning.refresh_(own, mine, decompose)
         for b in mine:
             Q_A, Q_G = held(own, "A_vectors")[b.root], held(own, "G_vectors")[b.root]
             kept = held(state, "G")[b.root].numel() > 0 or b.transposed is not None

@@ -16,6 +16,8 @@ class EKFAC(KFAC):
     refreshed rarely, since the eigenvalues follow at every measurement. Loops and damping are those of :class:`KFAC`.
 
     Arguments and errors are those of :class:`KFAC`, but for ``damping_kind``: λ is added to the measured eigenvalues.
+    With ``refresh="qr"`` a basis follows its factor by one step of orthogonal iteration, in place of a new
+    eigendecomposition (``"eigh"``, the default).
 
     >>> import torch
     >>> model, x, y = torch.nn.Linear(2, 2), torch.eye(2), torch.tensor([0, 1])
@@ -35,12 +37,14 @@ class EKFAC(KFAC):
 
     estimator = curvature.EKFAC
 
-    def _damping_options(self, kind: Literal["exact", "factored"] | None) -> dict[str, Any]:
-        if kind not in (None, "exact"):
+    def _own_options(
+        self, damping_kind: Literal["exact", "factored"] | None, refresh: Literal["eigh", "qr"] | None
+    ) -> dict[str, Any]:
+        if damping_kind not in (None, "exact"):
             raise ValueError(
-                f"EKFAC's damping is exact, got damping_kind={kind!r}: leave it out, or use KFAC"
+                f"EKFAC's damping is exact, got damping_kind={damping_kind!r}: leave it out, or use KFAC"
             )
-        return {}
+        return {} if refresh is None else {"refresh": refresh}
 
 
 optimizers.add("ekfac", EKFAC)

@@ -69,6 +69,7 @@ class KFAC(SecondOrder):
         damping_kind: ``"factored"`` (the paper's, section 6.3: each factor is damped by itself) or ``"exact"``;
             ``None`` is ``"factored"``, which needs the smaller λ for the same stability, inverts by Cholesky, and
             multiplies by formed inverses: two products a layer where the eigenbases of ``"exact"`` take four.
+        refresh: of :class:`EKFAC` alone, where bases are decomposed (``"eigh"``) or iterated (``"qr"``).
         **options: of :class:`SecondOrder`.
 
     Raises:
@@ -118,6 +119,7 @@ class KFAC(SecondOrder):
         between_samples: Literal["refuse", "drop"] = "refuse",
         inverses: Literal["everywhere", "owner"] = "everywhere",
         damping_kind: Literal["exact", "factored"] | None = None,
+        refresh: Literal["eigh", "qr"] | None = None,
         trials: Literal["every", "due"] = "every",
         **options: Any,
     ) -> None:
@@ -133,7 +135,7 @@ class KFAC(SecondOrder):
             exclude=exclude,
             between_samples=between_samples,
             inverses=inverses,
-            **self._damping_options(damping_kind),
+            **self._own_options(damping_kind, refresh),
         )
         super().__init__(
             trainable(model) if params is None else params,
@@ -147,8 +149,16 @@ class KFAC(SecondOrder):
             **options,
         )
 
-    def _damping_options(self, kind: Literal["exact", "factored"] | None) -> dict[str, Any]:
-        return {"damping_kind": "factored" if kind is None else kind}
+    def _own_options(
+        self, damping_kind: Literal["exact", "factored"] | None, refresh: Literal["eigh", "qr"] | None
+    ) -> dict[str, Any]:
+        """Those that K-FAC and EK-FAC do not have in common; ``None`` was not given."""
+        if refresh is not None:
+            raise ValueError(
+                f"refresh={refresh!r} is for EKFAC, which measures eigenvalues in whatever basis it has; K-FAC's are "
+                "those of its factors: leave it out"
+            )
+        return {"damping_kind": "factored" if damping_kind is None else damping_kind}
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

@@ -139,6 +139,18 @@ def one_rank_that_cannot_hold_its_rows(folder: Path) -> None:
     same(whole(models[0]), whole(models[1]), 1e-6)
 
 
+def bases_are_iterated_alike(folder: Path) -> None:
+    """EK-FAC's ``refresh="qr"`` divided among ranks, or left to the owners of blocks, is that of one process."""
+    options = {"damping": "fixed", "radius": 1.0, "inverse_interval": 2, "refresh": "qr"}
+    alone = deep()
+    train(alone, build(alone, "ekfac", process_group=None, **options), data, range(5))
+    for place in ("everywhere", "owner"):
+        model = deep()
+        optimizer = build(model, "ekfac", inverses=place, **options)
+        train(DistributedDataParallel(model), optimizer, dealt, range(5))
+        same(whole(alone), whole(model), 1e-6)
+
+
 def bases_stay(folder: Path, preset: str) -> None:
     def make(model: nn.Module, group: Any, place: str, interval: int = 1) -> SecondOrder:
         return build(
