@@ -163,6 +163,11 @@ def judges_trials(optimizer: torch.optim.Optimizer) -> bool:
     return bool(needs & (Needs.TRIAL_LOSS | Needs.TRIAL_GRADIENT))
 
 
+def opening(optimizer: torch.optim.Optimizer) -> int:
+    """Return how many steps an optimizer begins with whose cost is not that of later ones."""
+    return int(getattr(getattr(optimizer, "curvature", None), "every_step_until", 0))
+
+
 def _plain_step(
     optimizer: torch.optim.Optimizer, model: nn.Module, loss_fn: LossFunction, inputs: Tensor, target: Tensor
 ) -> Tensor:

@@ -9,6 +9,7 @@ costs 1. The number is the same on every machine.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -66,6 +67,26 @@ FACTORISATIONS: dict[Any, Callable[..., float]] = {
     aten._linalg_solve_ex: _lu_solve,
     aten._linalg_svd: _cubic(22.0),
 }
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What the steps of a run cost, in gradients.
+
+    Args:
+        opening: of each of the first steps, where these cost more or less than what follows.
+        later: of every step after them, on average.
+
+    >>> StepCost((4.0, 4.0), 2.0).of(3)
+    10.0
+    """
+
+    opening: tuple[float, ...]
+    later: float
+
+    def of(self, steps: int) -> float:
+        """Return what the first `steps` of a run cost together."""
+        return sum(self.opening[:steps]) + max(0, steps - len(self.opening)) * self.later
 
 
 class FlopCounter(TorchDispatchMode):

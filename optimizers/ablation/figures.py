@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
 from optimizers.ablation.comparison import Comparison
+from optimizers.ablation.measures import spends
 from optimizers.ablation.profiles import Profile
 from optimizers.ablation.results import Record, Row, number
 
@@ -147,17 +148,14 @@ def losses(rows: Sequence[Row], look: Mapping[str, Style], measure: str, axis: s
     figure, axes = _axes(names[axis], measure.replace("_", " ").replace("train ", "training "))
     values: list[float] = []
     for row in rows:
-        curves = [record["curve"] for record in row.records if record["curve"].get("step")]
-        if not curves:
+        ran = [record for record in row.records if record["curve"].get("step")]
+        if not ran:
             continue
-        columns = _columns([curve[measure] for curve in curves], math.nan)
-        places = _columns([curve["seconds" if axis == "seconds" else "step"] for curve in curves])
+        columns = _columns([record["curve"][measure] for record in ran], math.nan)
+        places = _columns([spends(r) if axis == "gradients" else r["curve"][axis] for r in ran])
+        if not places:  # what a step costs was not counted
+            continue
         xs = [statistics.median(column) for column in places]
-        if axis == "gradients":
-            cost = statistics.median(row.values("gradients_per_step"))
-            if not math.isfinite(cost):
-                continue
-            xs = [cost * x for x in xs]
         _band(axes, xs, columns, look[row.cell.label])
         values += [value for column in columns for value in column if math.isfinite(value)]
         axes.set_ylim(*_limits(values, columns[0][0]))

@@ -65,7 +65,20 @@ def processor_seconds_to(record: Record, measure: str, goal: float) -> float:
 
 def gradients_to(record: Record, measure: str, goal: float) -> float:
     """Return what reaching a goal cost in gradients (one forward and backward pass each); see `cost`."""
-    return steps_to(record, measure, goal) * number(record["result"].get("gradients_per_step"))
+    curve = record["curve"].get(measure, [])
+    return next(
+        (spent for spent, value in zip(spends(record), curve, strict=False) if number(value) <= goal),
+        math.inf,
+    )
+
+
+def spends(record: Record) -> list[float]:
+    """Return what a run had cost in gradients at every point of its curve; nothing where that was not counted."""
+    curve, each = record["curve"], number(record["result"].get("gradients_per_step"))
+    if "gradients" in curve:
+        return list(curve["gradients"])
+    # runs from before it was kept step by step, and all whose steps cost alike
+    return [step * each for step in curve.get("step", [])] if math.isfinite(each) else []
 
 
 def divergence_rate(diverged: Iterable[bool]) -> float:

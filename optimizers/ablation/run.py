@@ -107,11 +107,13 @@ def segments(
             raise RuntimeError(f"the run {config.replay} records no radius that could be replayed")
         # the same for every seed, so that it is counted once
         counted = dataclasses.replace(config, seed=0, replay="", evaluations=1)
-        gradients = step_cost(counted) if config.read_test else None
+        spent = step_cost(counted) if config.read_test else None
         run = _Run(config, progress, factors)
         yield from run.train()
         record |= run.result()
-        record["result"]["gradients_per_step"] = gradients
+        record["result"]["gradients_per_step"] = spent and spent.of(config.steps) / config.steps
+        if spent:
+            record["curve"]["gradients"] = [spent.of(step) for step in record["curve"]["step"]]
     except (AblationError, KeyboardInterrupt):
         raise
     except Exception as error:  # one method's failure must not end the others' runs
@@ -122,32 +124,34 @@ def segments(
 
 
 @functools.lru_cache(maxsize=256)
-def step_cost(config: RunConfig) -> float:
-    """Return what a step costs in gradients of the same batch, counted over the first steps after the very first.
+def step_cost(config: RunConfig) -> cost.StepCost:
+    """Return what the steps cost in gradients of the same batch, counted until they cost the same over and over.
 
     Args:
         config: the run; it is begun once more for this, and no clock is read.
 
     Returns:
-        Operations of the steps 1 to 20 (or as many as there are) over those of as many gradients.
+        Operations over those of a gradient: of the steps 1 to 20 (or as many as there are) on average, since the very
+        first may set things up; where the optimizer begins with steps of another cost, of each of these, and of the
+        20 after them on average.
     """
     run = _Run(config, lambda step: None, None)
-    first, last = (0, 1) if config.steps == 1 else (1, 1 + min(cost.STEPS, config.steps - 1))
+    opening = min(adapter.opening(run.optimizer), config.steps)
+    first = opening or min(1, config.steps - 1)
+    last = min(config.steps, first + cost.STEPS)
     batches = run.data.batches(config.batch_size, run.generator)
     gradient = 0.0
-    counter = cost.FlopCounter()
+    each: list[float] = []
     run.model.train()
     for step in range(last):
         inputs, target = (tensor.to(run.device) for tensor in next(batches))
         run.set_rate(step)
-        if step < first:
+        gradient = gradient or run.gradient_flops(inputs, target)
+        with cost.FlopCounter() as counter:
             run.step(run.model, run.problem.loss, inputs, target)
-            continue
-        if not gradient:
-            gradient = run.gradient_flops(inputs, target)
-        with counter:
-            run.step(run.model, run.problem.loss, inputs, target)
-    return counter.total / (last - first) / gradient
+        each.append(counter.total / gradient)
+    later = each[first:]
+    return cost.StepCost(tuple(each[:opening]), sum(later) / len(later) if later else 0.0)
 
 
 @contextlib.contextmanager

@@ -7,12 +7,17 @@ import pytest
 import torch
 from torch import nn
 
-from optimizers.ablation import Cell, RunConfig
-from optimizers.ablation.cost import FlopCounter, gradient_flops
-from optimizers.ablation.run import step_cost
+from optimizers import SOAP
+from optimizers.ablation import Cell, RunConfig, measures, workload
+from optimizers.ablation.cost import FlopCounter, StepCost, gradient_flops
+from optimizers.ablation.run import step_cost, train
 
 
 def _cost(cell: str, **changes: Any) -> float:
+    return _counted(cell, **changes).later
+
+
+def _counted(cell: str, **changes: Any) -> StepCost:
     fields: dict[str, Any] = {
         "workload": "digits",
         "learning_rate": 0.01,
@@ -81,9 +86,45 @@ def test_trials_and_factors_are_counted() -> None:
     assert _cost("kfac:damping=fixed") == rare  # counted, not measured
 
 
-def test_counting_changes_no_number_of_the_run() -> None:
-    from optimizers.ablation.run import train
+def test_steps_that_cost_more_at_the_start_are_counted_each() -> None:
+    steps = 45  # 25 with a refresh each and 20 with two
+    problem = workload.get("digits")
+    model, data = problem.model(), problem.data()
+    optimizer = SOAP(model.parameters(), lr=0.01, every_step_until=25)
+    batches = data.batches(32, torch.Generator().manual_seed(0))
+    counts = []
+    for _ in range(steps):
+        inputs, target = next(batches)
+        gradient = gradient_flops(model, problem.loss, inputs, target)
+        with FlopCounter() as counter:
+            optimizer.zero_grad()
+            problem.loss(model(inputs), target).backward()
+            optimizer.step()
+        counts.append(counter.total / gradient)
+    found = _counted("soap:every_step_until=25", steps=steps)
+    assert sum(counts[1:21]) / 20 > 1.15 * sum(counts) / steps  # the first 20 say too much
+    for step in (0, 1, 7, 25, steps):
+        assert found.of(step) == pytest.approx(sum(counts[:step]), rel=1e-9)
+    # an opening as long as the run, or longer, leaves nothing to say of later steps
+    assert _counted("soap:every_step_until=25", steps=10).of(10) == pytest.approx(sum(counts[:10]), rel=1e-9)
 
+
+def test_record_keeps_what_was_spent_at_every_point_and_the_target_is_read_there() -> None:
+    config = RunConfig("digits", Cell.parse("soap:every_step_until=25"), 0.01, 0, 60, 32, evaluations=4)
+    record, costs = train(config), _counted("soap:every_step_until=25", steps=60)
+    spent = record["curve"]["gradients"]
+    assert record["curve"]["step"] == [0, 15, 30, 45, 60]
+    assert spent == [costs.of(step) for step in (0, 15, 30, 45, 60)]
+    assert record["result"]["gradients_per_step"] == spent[-1] / 60 < spent[1] / 15
+    goal = record["curve"]["train_loss"][2]
+    assert measures.gradients_to(record, "train_loss", goal) == spent[2]
+    # of a run from before: its steps are taken to cost alike
+    del record["curve"]["gradients"]
+    expected = 30 * record["result"]["gradients_per_step"]
+    assert measures.gradients_to(record, "train_loss", goal) == expected
+
+
+def test_counting_changes_no_number_of_the_run() -> None:
     config = RunConfig("digits", Cell("sophia-g"), 0.001, 0, 12, 32, evaluations=2)
     curves = []
     for read_test in (True, False):  # only final runs are counted
