@@ -99,6 +99,12 @@ class PerParameter(Estimator):
         promises = [getattr(part, "semidefinite", None) for part in self.parts]
         return False if False in promises else None if None in promises else True
 
+    @property
+    def symmetric_statistics(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The parts', by the names that they have here."""
+        parts = enumerate(self.parts)
+        return tuple(f"{k}.{key}" for k, part in parts for key in getattr(part, "symmetric_statistics", ()))
+
     def assign(self, model: nn.Module, params: Sequence[Tensor]) -> list[int]:
         """The group of every parameter: an index into :attr:`parts`."""
         where: dict[int, tuple[str, nn.Module]] = {}

@@ -202,6 +202,8 @@ class Estimator:
     tracks_steps: bool = False
     tracks_second_moment: bool = False
     semidefinite: bool | None = None
+    symmetric_statistics: tuple[str, ...] = ()
+    """Names of statistics whose matrices, (groups, n, n), are symmetric: ranks send each other half of them."""
 
     def due(self, state: State) -> bool:
         """Whether the coming step measures; estimators with an interval override it."""

@@ -357,7 +357,8 @@ def _kronecker(layer: Layer, *, in_eigenbases: bool) -> _Factors:
     inputs = layer.columns + layer.bias if linear else layer.rows
     square = outputs**2 + (inputs**2 if linear else 0)
     diagonal = 0 if linear else inputs
-    measured = square + diagonal + 1
+    triangles = (square + outputs + (inputs if linear else 0)) // 2  # of symmetric matrices half is sent
+    measured = triangles + diagonal + 1
     if not in_eigenbases:
         return _Factors(
             square,

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor, distributed
 
-from curvature import probes, vectors
+from curvature import probes, symmetric_half, vectors
 from curvature.matrix_free.estimator import MatrixFreeEstimator
 from curvature.matrix_free.operator import MatrixFreeOperator
 from curvature.protocols import CurvatureEstimator, CurvatureOperator, Needs, Statistics
@@ -97,12 +97,24 @@ class Ranks:
             return bool(flag)
         return bool(self.sum_((~flag).to(torch.float32)) == 0)
 
-    def mean_statistics_(self, statistics: Statistics) -> None:
-        """Average statistics over ranks, in place, one all-reduce a dtype and device."""
+    def mean_statistics_(self, statistics: Statistics, symmetric: Sequence[str] = ()) -> None:
+        """Average statistics over ranks, in place, one all-reduce a dtype and device.
+
+        Args:
+            statistics: of this rank.
+            symmetric: names of those whose matrices, (groups, n, n), are symmetric: half of them is sent.
+        """
         if not self.groups:
             return
-        tensors = [x for v in statistics.values() for x in (v if isinstance(v, list) else [v])]
-        self.mean_all_(tensors)
+        tensors: list[Tensor] = []
+        halves: list[Tensor] = []
+        for key, value in statistics.items():
+            for x in value if isinstance(value, list) else [value]:
+                (halves if key in symmetric and x.dim() == 3 else tensors).append(x)
+        packed = [symmetric_half.packed(x) for x in halves if x.numel()]
+        self.mean_all_([*tensors, *packed])
+        for x, half in zip([x for x in halves if x.numel()], packed, strict=True):
+            symmetric_half.unpack_(half, x)
 
     def mean_all_(self, tensors: Sequence[Tensor]) -> None:
         """Average every tensor over ranks, in place."""

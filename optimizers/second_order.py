@@ -154,7 +154,8 @@ class SecondOrder(Observing):
         if not bool(finite) or (closure is not None and self.needs.trial and not _is_finite(loss)):
             self._skip(loss)
             return
-        ranks.mean_statistics_(self._pending.statistics)
+        symmetric = getattr(self.curvature, "symmetric_statistics", ())
+        ranks.mean_statistics_(self._pending.statistics, symmetric)
         wide = widened(held)
         key = None if wide is held else key_of(self.rounding_seed, held.steps[0])
         with ranks.whole():

@@ -93,6 +93,7 @@ class KroneckerEstimator(Estimator):
     _live: _Live = field(init=False, repr=False, compare=False, default_factory=_Live)
 
     semidefinite = True
+    symmetric_statistics = ("A", "G", "G_transposed")
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, nn.Module):

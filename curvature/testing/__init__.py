@@ -21,6 +21,7 @@ __all__ = ["LAWS", "Subject", "check_estimator"]
 LAWS: dict[str, Callable[[Subject], None]] = {
     "contract": training_laws.check_contract,
     "state": training_laws.check_state,
+    "statistics": training_laws.check_statistics,
     "matvec": matrix_laws.check_matvec,
     "diagonal": matrix_laws.check_diagonal,
     "semidefinite": matrix_laws.check_semidefinite,

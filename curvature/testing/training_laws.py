@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from curvature import vectors
+from curvature.loss_graph import LossGraph
 from curvature.protocols import CACHE, TRANSIENT, Needs, State
 from curvature.testing.subject import Subject, close
 
@@ -26,6 +27,31 @@ def check_contract(subject: Subject) -> None:
     parameters = getattr(type(estimator), "__dataclass_params__", None)
     assert parameters is not None, "the estimator must be a dataclass of its hyperparameters"
     assert parameters.frozen, "the dataclass must be frozen: what an estimator learns goes into its state"
+
+
+def check_statistics(subject: Subject) -> None:
+    """Statistics are tensors, or one a parameter; those named symmetric are, since ranks send half of them."""
+    model = subject.model()
+    params = list(model.parameters())
+    estimator = subject.estimator(model)
+    if not (estimator.needs.graph and hasattr(estimator, "measure")):
+        return
+    state = estimator.init(params)  # before the forward pass, which it may observe
+    loss, outputs = subject.loss(model)
+    statistics = estimator.measure(state, LossGraph(loss, params, outputs))
+    for key, value in statistics.items():
+        assert not isinstance(value, list) or len(value) == len(params), (
+            f"statistics[{key!r}] must hold {len(params)} tensors, got {len(value)}"
+        )
+        if key not in getattr(estimator, "symmetric_statistics", ()):
+            continue
+        for x in value if isinstance(value, list) else [value]:
+            if x.dim() != 3:
+                continue
+            assert x.shape[-1] == x.shape[-2], (
+                f"statistics[{key!r}] is named symmetric and has shape {tuple(x.shape)}"
+            )
+            close(x, x.mT, f"statistics[{key!r}] is named symmetric", x)
 
 
 def check_state(subject: Subject) -> None:

@@ -269,6 +269,22 @@ class LeavesHooks(Good):
         return Good().estimate(problem)  # type: ignore[return-value]
 
 
+@dataclass(frozen=True)
+class Lopsided(Good):
+    """Names a statistic symmetric that is not."""
+
+    @property
+    def needs(self) -> Needs:
+        return Needs.GRAD | Needs.HVP
+
+    @property
+    def symmetric_statistics(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("S",)
+
+    def measure(self, state: State, graph: LossGraph) -> dict[str, Any]:
+        return {"S": [torch.arange(4.0).reshape(1, 2, 2) for _ in graph.params]}
+
+
 BROKEN: dict[str, tuple[Callable[..., Any], str]] = {
     "matvec scaled": (giving(Scaled), "matvec"),
     "not symmetric": (giving(Crooked), "matvec"),
@@ -290,6 +306,7 @@ BROKEN: dict[str, tuple[Callable[..., Any], str]] = {
     "a state that grows": (Hoarding, "memory"),
     "memory outside of the state": (HoardingOutside, "memory"),
     "holds a graph": (Clinging, "graph"),
+    "half of a matrix that is not symmetric": (Lopsided, "statistics"),
 }
 
 
