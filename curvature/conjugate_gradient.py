@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -72,7 +72,8 @@ def conjugate_gradient(
     """Solve (B + λI) x = b for a positive definite B + λI, until ‖r‖ <= max(rtol ‖b‖, atol).
 
     Where B may be indefinite or singular the outcome says so, and the caller decides; ``operator.solve`` instead
-    insists on working precision. A residual that the recurrence calls small is computed anew before it counts.
+    insists on working precision. A residual that the recurrence calls small is computed anew before it counts. A b so
+    short or long that its dot products would leave the dtype's range is solved for at length 1, and scaled back.
 
     Args:
         operator: B, or its product v ↦ B v.
@@ -86,6 +87,10 @@ def conjugate_gradient(
 
     Returns:
         Solution, outcome, iterations, residual norm.
+
+    Raises:
+        ValueError: for arguments out of range, or an ``initial``, product or preconditioned vector that is not shaped
+            like b.
 
     >>> from curvature import DiagonalOperator
     >>> B = DiagonalOperator([torch.tensor([1.0, 2.0, 4.0])])
@@ -101,16 +106,24 @@ def conjugate_gradient(
         if not value >= 0:
             raise ValueError(f"{name} must be >= 0, got {value}")
     if max_iterations is None:
-        max_iterations = vectors.numel(b)
+        max_iterations = max(vectors.numel(b), 1)
     if max_iterations < 1:
         raise ValueError(f"max_iterations must be >= 1, got {max_iterations}")
     product: Apply = operator.matvec if isinstance(operator, CurvatureOperator) else operator
+    if initial is not None:
+        check_shapes(initial, b, "initial")
 
     def apply(v: Sequence[Tensor]) -> list[Tensor]:
-        return vectors.add(product(v), v, damping)
+        Bv = product(v)
+        check_shapes(Bv, b, "a product with the operator")
+        return vectors.add(Bv, v, damping)
 
     def precondition(v: list[Tensor]) -> list[Tensor]:
-        return v if preconditioner is None else preconditioner(v)
+        if preconditioner is None:
+            return v
+        z = preconditioner(v)
+        check_shapes(z, b, "what the preconditioner gives")
+        return z
 
     epsilon = max(torch.finfo(x.dtype).eps for x in b)
     target = torch.clamp(rtol * vectors.norm(b), min=atol)
@@ -120,6 +133,23 @@ def conjugate_gradient(
         x = vectors.copy(initial)
         r = vectors.add(b, apply(x), -1.0)
     size = vectors.norm(r)
+    length = torch.maximum(size, vectors.norm(b))
+    if bool(torch.isfinite(length)) and bool(size > target) and not in_range(length):
+        found = conjugate_gradient(
+            operator,
+            [t / length.to(t.device, t.dtype) for t in b],
+            damping=damping,
+            preconditioner=preconditioner,
+            rtol=rtol,
+            atol=atol / float(length),
+            max_iterations=max_iterations,
+            initial=None if initial is None else [t / length.to(t.device, t.dtype) for t in initial],
+        )
+        return replace(
+            found,
+            solution=vectors.scale(found.solution, length),
+            residual_norm=found.residual_norm * length,
+        )
     if not bool(torch.isfinite(size)):
         return ConjugateGradientResult(x, Outcome.NON_FINITE, 0, size)
     if bool(size <= target):
@@ -159,3 +189,16 @@ def conjugate_gradient(
         previous, rz = rz, vectors.dot(r, z)
         p = vectors.add(z, p, rz / previous)
     return ConjugateGradientResult(x, Outcome.MAX_ITERATIONS, max_iterations, size)
+
+
+def in_range(length: Tensor) -> bool:
+    """Whether products of four numbers of this size are neither infinite nor without digits."""
+    limits = torch.finfo(length.dtype)
+    return bool(limits.tiny**0.25 < float(length) < limits.max**0.25)
+
+
+def check_shapes(v: Sequence[Tensor], b: Sequence[Tensor], what: str) -> None:
+    """Raise a clear error unless ``v`` is shaped like the right-hand side."""
+    found, wanted = [tuple(x.shape) for x in v], [tuple(x.shape) for x in b]
+    if found != wanted:
+        raise ValueError(f"{what} must be shaped like b, {wanted}, got {found}")

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from curvature import vectors
+
 FlatProduct = Callable[[Tensor], Tensor]
 
 
@@ -58,7 +60,7 @@ class Lanczos:
 
     def __init__(self, product: FlatProduct, start: Tensor) -> None:
         self._product = product
-        self._basis = [start / torch.linalg.vector_norm(start)]
+        self._basis = [start / vectors.norm([start])]
         self._alpha: list[Tensor] = []
         self._beta: list[Tensor] = []
         self.closed = False
@@ -76,10 +78,10 @@ class Lanczos:
         w = self._product(q)
         alpha = torch.dot(q, w)
         Q = torch.stack(self._basis)
-        size = torch.linalg.vector_norm(w)
+        size = vectors.norm([w])
         for _ in range(2):
             w = w - Q.T @ (Q @ w)
-        beta = torch.linalg.vector_norm(w)
+        beta = vectors.norm([w])
         if not bool(torch.isfinite(beta)):
             raise ArithmeticError("a product with this curvature is not finite: no spectrum")
         self._alpha.append(alpha)
@@ -95,10 +97,10 @@ class Lanczos:
     def restart(self, direction: Tensor) -> None:
         """Go on outside a closed Krylov space, along the part of ``direction`` that is orthogonal to it."""
         Q = torch.stack(self._basis)
-        w = direction / torch.linalg.vector_norm(direction)
+        w = direction / vectors.norm([direction])
         for _ in range(2):
             w = w - Q.T @ (Q @ w)
-            w = w / torch.linalg.vector_norm(w)
+            w = w / vectors.norm([w])
         self._basis.append(w)
         self.closed = False
 

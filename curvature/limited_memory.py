@@ -24,6 +24,9 @@ from curvature.protocols import Estimator, Needs, Observation, State
 class LimitedMemory(Estimator):
     """Keeps the last m pairs (s, y) that a subclass accepts; see :class:`curvature.LSR1` and :class:`curvature.LBFGS`.
 
+    A pair counts where the same parameters had a gradient at both of its ends: a parameter that had none in between, or
+    that an optimizer was given later, moved by an s that belongs to another y.
+
     Args:
         history: m >= 1.
         initial_curvature: γ, the curvature in every direction that no pair knows: ``"scaled"`` is yᵀy / sᵀy of the
@@ -64,6 +67,8 @@ class LimitedMemory(Estimator):
             "steps": places(),
             "gradient_changes": places(),
             "previous_gradient": vectors.zeros_like(params),
+            # the update in which a parameter last had a gradient, from 1
+            "last_seen": [torch.zeros((), dtype=torch.int64, device=p.device) for p in params],
             "age": torch.full((self.history,), -1, dtype=torch.int64, device=params[0].device),
             "seen": 0,
         }
@@ -74,7 +79,10 @@ class LimitedMemory(Estimator):
         gradient = [
             p if g is None else g.detach().to(p.dtype) for g, p in zip(seen.gradient, previous, strict=True)
         ]
-        if cast(int, state["seen"]) > 0:
+        count = cast(int, state["seen"])
+        last = cast("list[Tensor]", state["last_seen"])
+        same = self.same_parameters(last, count, seen.gradient)
+        if count > 0:
             if seen.step_change is None:
                 raise RuntimeError(
                     f"{type(self).__name__} needs the change of the parameters (tracks_steps): use it in "
@@ -82,10 +90,19 @@ class LimitedMemory(Estimator):
                 )
             s = [x.detach().to(p.dtype) for x, p in zip(seen.step_change, previous, strict=True)]
             y = [g - p for g, p in zip(gradient, previous, strict=True)]
-            self.insert(state, s, y, self.accepts(state, s, y))
+            self.insert(state, s, y, self.accepts(state, s, y) & same)
         for p, g in zip(previous, gradient, strict=True):
             p.copy_(g)
-        state["seen"] = cast(int, state["seen"]) + 1
+        for t, given in zip(last, seen.gradient, strict=True):
+            if given is not None:
+                t.fill_(count + 1)
+        state["seen"] = count + 1
+
+    @staticmethod
+    def same_parameters(last: Sequence[Tensor], count: int, gradient: Sequence[Tensor | None]) -> Tensor:
+        """Whether exactly those parameters have a gradient that had one in update number ``count``, a 0-d bool."""
+        changed = [(t == count) != (g is not None) for t, g in zip(last, gradient, strict=True)]
+        return ~vectors.any_of(changed)
 
     def accepts(self, state: State, s: list[Tensor], y: list[Tensor]) -> Tensor:
         """Whether the pair is to be kept, a 0-d bool; NaN must give ``False``."""

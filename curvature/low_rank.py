@@ -104,12 +104,15 @@ class LowRank(Estimator):
         return Hessian() if self.of == "hessian" else GaussNewton()
 
     def init(self, params: Sequence[Tensor]) -> State:
-        """U = 0 and μ = 0; the step count is the host's, since it decides what is computed."""
-        r = min(self.rank, vectors.numel(params))
+        """U = 0 and μ = 0, of r rows however few elements there are: parameters may be added, and none changes shape.
+
+        The step count is the host's, since it decides what is computed.
+        """
         basis = [
-            torch.zeros((r, *p.shape), dtype=vectors.compute_dtype(p.dtype), device=p.device) for p in params
+            torch.zeros((self.rank, *p.shape), dtype=vectors.compute_dtype(p.dtype), device=p.device)
+            for p in params
         ]
-        return {"basis": basis, "eigenvalues": vectors.scalar_like(params).repeat(r), "step": 0}
+        return {"basis": basis, "eigenvalues": vectors.scalar_like(params).repeat(self.rank), "step": 0}
 
     def due(self, state: State) -> bool:
         """Every ``interval`` steps, beginning with the first."""
@@ -138,7 +141,9 @@ class LowRank(Estimator):
 
     def operator(self, state: State) -> LowRankOperator:
         """U diag(μ) Uᵀ."""
-        return LowRankOperator(cast("list[Tensor]", state["basis"]), cast(Tensor, state["eigenvalues"]))
+        basis, eigenvalues = cast("list[Tensor]", state["basis"]), cast(Tensor, state["eigenvalues"])
+        r = min(self.rank, vectors.numel([u[0] for u in basis]))
+        return LowRankOperator([u[:r] for u in basis], eigenvalues[:r])
 
     def estimate(self, problem: Problem) -> CurvatureOperator:
         """The approximation of the curvature over all batches of ``problem``."""
@@ -169,7 +174,9 @@ class LowRank(Estimator):
             dtype=basis.dtype,
         )
         if step > 0:
-            fresh[: len(basis)] = basis
+            known = basis[:k]
+            held = (known != 0).any(1, keepdim=True)  # fewer than r while the parameters were fewer
+            fresh[: len(known)] = torch.where(held, known, fresh[: len(known)])
         Q: Tensor = torch.linalg.qr(fresh.T)[0]
         return Q.T
 
@@ -187,10 +194,12 @@ class LowRank(Estimator):
     def store(self, state: State, U: Tensor, eigenvalues: Tensor) -> None:
         """The r leading pairs, in place."""
         basis, kept = cast("list[Tensor]", state["basis"]), cast(Tensor, state["eigenvalues"])
-        r = len(kept)
+        r = min(self.rank, len(eigenvalues))
         for held, new in zip(basis, split_rows(U[:r], [b[0] for b in basis]), strict=True):
-            held.copy_(new)
-        kept.copy_(eigenvalues[:r])
+            held[:r].copy_(new)
+            held[r:].zero_()
+        kept[:r].copy_(eigenvalues[:r])
+        kept[r:].zero_()
 
 
 def nystrom(Omega: Tensor, Y: Tensor) -> tuple[Tensor, Tensor]:

@@ -132,21 +132,47 @@ def dot(a: Vector, b: Vector) -> Tensor:
 
 
 def norm(v: Vector) -> Tensor:
-    """The Euclidean norm over all tensors, formed without overflow of the squares.
+    """The Euclidean norm over all tensors.
+
+    On a CPU no square over- or underflows: where it might, the tensors are scaled and looked at again. On an
+    accelerator, where that would wait for the host, float32 holds norms from 1e-19 to 1e19.
 
     >>> norm([torch.tensor([3.0]), torch.tensor([4.0])])
     tensor(5.)
+    >>> norm([torch.tensor([3e-30, 4e-30])])
+    tensor(5.0000e-30)
     """
-    parts: list[Tensor] = [torch.linalg.vector_norm(x) for x in v]
-    first = parts[0]
-    joined = first
-    if len(parts) > 1:
-        joined = torch.linalg.vector_norm(torch.stack([x.to(first.device, first.dtype) for x in parts]))
+    joined = _norm_of_norms(v)
+    if readable(joined) and not _squares_are_safe(joined):
+        joined = _scaled_norm(v, joined)
     if _over_shards is None:
         return joined
     largest = _over_shards(joined.clone(), "max")
     scaled = joined / torch.where(largest > 0, largest, 1.0)
     return largest * _over_shards(scaled.square(), "sum").sqrt()
+
+
+def _norm_of_norms(v: Vector) -> Tensor:
+    parts: list[Tensor] = [torch.linalg.vector_norm(x) for x in v]
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    joined: Tensor = torch.linalg.vector_norm(torch.stack([x.to(first.device, first.dtype) for x in parts]))
+    return joined
+
+
+def _squares_are_safe(length: Tensor) -> bool:
+    """Whether squares of elements that matter to a norm of this size are neither infinite nor without digits."""
+    limits = torch.finfo(length.dtype)
+    return bool((limits.tiny / limits.eps) ** 0.5 < float(length) < float("inf"))
+
+
+def _scaled_norm(v: Vector, plain: Tensor) -> Tensor:
+    """The norm by way of the largest element; ``plain`` where that is 0, infinite or NaN."""
+    largest = max((float(torch.linalg.vector_norm(x, float("inf"))) for x in v if x.numel()), default=0.0)
+    if not 0.0 < largest < float("inf"):
+        return plain
+    return _norm_of_norms([x / largest for x in v]) * largest
 
 
 def readable(x: Tensor) -> bool:

@@ -22,7 +22,8 @@ class EstimatedDiagonal:
 
     Args:
         value: shaped like the parameters.
-        standard_error: of every element, shaped like the parameters.
+        standard_error: of every element, shaped like the parameters; NaN where the random signs depended on each
+            other, as few signs may.
         products: products with B that it took.
     """
 
@@ -63,12 +64,18 @@ def xdiag(
     Q, R = torch.linalg.qr(B.columns(Omega))
     Z = B.columns(Q)
     caught = (Q * Z).sum(1)  # diag(Q Qᵀ B)
-    S, usable = leave_one_out_directions(R)
-    if not bool(usable.all()):  # B has rank < m to working precision: the sketch holds all of it
+    if m == B.size:  # Q is square
         zeros = [torch.zeros_like(x) for x in B.unflatten(caught)]
         return EstimatedDiagonal(B.unflatten(caught), zeros, B.products)
+    S, range_of_sketch = leave_one_out_directions(R)
+    if range_of_sketch is not None:
+        # B has rank < m, or signs repeat up to a factor, which few of them in a small space may do: the columns of Q
+        # outside the sketch's range are no part of it.
+        caught = ((Q @ range_of_sketch) * Z).sum(1)
     QS = Q @ S
     # (I - Q_(i) Q_(i)ᵀ) B ω_i = Q s_i (s_iᵀ R e_i), and ω² = 1.
     samples = Omega * QS * (S * R).sum(0) - QS * (Z @ S)
     error = samples.std(dim=1) / m**0.5
+    if range_of_sketch is not None and int(torch.linalg.matrix_rank(Omega)) < m:
+        error = torch.full_like(error, float("nan"))  # samples of repeated signs agree, and tell nothing
     return EstimatedDiagonal(B.unflatten(caught + samples.mean(1)), B.unflatten(error), B.products)

@@ -110,7 +110,7 @@ def xtrace(
     m = min(products // 2, B.size)
     Omega = _spheres(B.normals(m, seed))
     Q, R = torch.linalg.qr(B.columns(Omega))
-    S, usable = leave_one_out_directions(R)
+    S, range_of_sketch = leave_one_out_directions(R)
     Z = B.columns(Q)
     H = Q.T @ Z
     W = Q.T @ Omega
@@ -126,32 +126,37 @@ def xtrace(
     dimension = B.size - m + 1
     scaled = torch.where(left > _floor(Omega), quadratic * dimension / left.clamp(min=_floor(Omega)), 0.0)
     samples = caught + scaled
-    if not bool(usable.all()):
-        # B has rank < m to working precision: the sketch holds all of it and the estimate is exact.
+    if range_of_sketch is not None:
+        # Gaussian vectors are independent: B has rank < m to working precision, and the sketch holds all of it.
         return Estimated(H.diagonal().sum(), torch.zeros_like(samples[0]), B.products)
     return Estimated(samples.mean(), _error_of_mean(samples), B.products)
 
 
-def leave_one_out_directions(R: Tensor) -> tuple[Tensor, Tensor]:
+def leave_one_out_directions(R: Tensor) -> tuple[Tensor, Tensor | None]:
     """Unit vectors s_i with Q s_i orthogonal to every column of Y = Q R but the i-th: the columns of R⁻ᵀ, normalised.
 
     Args:
         R: (m, m), upper triangular.
 
     Returns:
-        S, (m, m), a column a direction; and which are usable: all, but where R is singular to working precision.
+        S, (m, m), a column a direction; and where R is singular to working precision the projector (m, m) on its
+        range, else ``None``. Column i of S is then within that range, and zero where vector i brought nothing: the
+        others span the same without it.
     """
+    m, eps = R.shape[0], torch.finfo(R.dtype).eps
     diagonal = R.diagonal().abs()
-    usable = diagonal > R.shape[0] * torch.finfo(R.dtype).eps * diagonal.amax().clamp(
-        min=torch.finfo(R.dtype).tiny
-    )
-    if not bool(usable.all()):
-        return torch.eye(R.shape[0], dtype=R.dtype, device=R.device), usable
-    inverse = torch.linalg.solve_triangular(
-        R, torch.eye(R.shape[0], dtype=R.dtype, device=R.device), upper=True
-    )
-    S = inverse.T
-    return S / torch.linalg.vector_norm(S, dim=0), usable
+    if bool((diagonal > m * eps * diagonal.amax().clamp(min=torch.finfo(R.dtype).tiny)).all()):
+        inverse = torch.linalg.solve_triangular(R, torch.eye(m, dtype=R.dtype, device=R.device), upper=True)
+        S = inverse.T
+        return S / torch.linalg.vector_norm(S, dim=0), None
+    U, singular, Vh = torch.linalg.svd(R)
+    held = singular > m * eps * singular[0]
+    U, V = U[:, held], Vh[held].T
+    S = U @ (V / singular[held]).T  # the transpose of R's pseudo-inverse
+    # e_i lies in the row space exactly where column i of R is no combination of the others.
+    alone = V.square().sum(1) > 1.0 - m * eps**0.5
+    lengths = torch.linalg.vector_norm(S, dim=0)
+    return torch.where(alone, S / torch.where(lengths > 0, lengths, 1.0), 0.0), U @ U.T
 
 
 def _spheres(X: Tensor) -> Tensor:
