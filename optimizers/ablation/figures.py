@@ -186,7 +186,7 @@ def trace(rows: Sequence[Row], look: Mapping[str, Style], name: str, label: str)
         columns = _columns(series, math.nan)
         _band(axes, [float(places[i]) for i in range(len(columns))], columns, look[row.cell.label])
         values += [value for column in columns for value in column if math.isfinite(value)]
-    if not values:
+    if not values or (name == "damping" and not any(values)):  # a method without damping records 0
         return None
     ordered = sorted(values)
     low, high = (ordered[int(q * (len(ordered) - 1))] for q in (0.01, 0.99))
@@ -306,7 +306,8 @@ def profiles(found: Mapping[str, Profile], look: Mapping[str, Style], cost: str)
 
 def forest(found: Sequence[Comparison], name: str, label: str, null: float) -> Figure:
     """Draw an interval a cell against a line of equality; what it does not separate is grey and hollow."""
-    figure, axes = _axes(label, "", 0.9 + 0.34 * len(found))
+    # long names of cells leave little room
+    figure, axes = _axes(textwrap.fill(label, 24), "", 0.9 + 0.34 * len(found))
     ends = [
         value
         for comparison in found

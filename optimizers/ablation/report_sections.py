@@ -201,7 +201,7 @@ def _pictures(
     for reference in dict.fromkeys(entry.reference for entry in compared):
         own = [entry for entry in compared if entry.reference == reference]
         for axis, name in (("steps", "Steps"), ("gradients", "Gradients"), ("seconds", "Time")):
-            figure = figures.forest(own, axis, f"{name.lower()} over those of {reference}", 1.0)
+            figure = figures.forest(own, axis, f"{name.lower()} over {reference}'s", 1.0)
             note = (
                 "Median over seeds with its 95% interval. Blue is better, orange worse, grey and hollow not separated; "
                 "an arrow is a miss or lies beyond the picture."

@@ -120,7 +120,7 @@ def _interval(found: Interval | None) -> str:
         return "not recorded"
 
     def end(value: float) -> str:
-        return f"{value:.3g}" if math.isfinite(value) else ("∞" if value > 0 else "-∞")
+        return results.digits(value, 3) if math.isfinite(value) else ("∞" if value > 0 else "-∞")
 
     return f"{end(found.estimate)} [{end(found.low)}, {end(found.high)}]"
 

@@ -186,12 +186,21 @@ def spread(values: Sequence[float]) -> str:
     """Return the mean and the standard deviation over seeds as text.
 
     >>> spread([1.0, 1.2])
-    '1.1 ± 0.14'
+    '1.100 ± 0.14'
     """
     if not all(math.isfinite(value) for value in values):
         return "-"
-    middle = f"{statistics.fmean(values):.4g}"
-    return middle if len(values) == 1 else f"{middle} ± {statistics.stdev(values):.2g}"
+    middle = digits(statistics.fmean(values), 4)
+    return middle if len(values) == 1 else f"{middle} ± {digits(statistics.stdev(values), 2)}"
+
+
+def digits(value: float, count: int) -> str:
+    """Return a finite number with this many significant digits, zeros too: numbers of a column look alike.
+
+    >>> digits(0.8, 3), digits(1805.2, 4), digits(0.0, 3)
+    ('0.800', '1805', '0.00')
+    """
+    return f"{value:#.{count}g}".removesuffix(".")
 
 
 def _median(values: Sequence[float]) -> str:

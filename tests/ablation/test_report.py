@@ -10,8 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from optimizers.ablation import Ablation, AblationError, Cell, ablate, figures
+from optimizers.ablation.comparison import Comparison
+from optimizers.ablation.intervals import Interval
 from optimizers.ablation.profiles import performance_profiles
 from optimizers.ablation.report import report
 from optimizers.ablation.store import Store
@@ -46,6 +49,24 @@ def test_markdown_tables_and_pictures_lie_beside_it(written: Path) -> None:
         assert (written.parent / path).read_bytes().startswith(b"\x89PNG")
     for name in ("cells", "comparisons", "tuning"):
         assert (written.parent / f"digits-{name}.csv").is_file()
+
+
+def test_a_method_without_damping_has_no_picture_of_it(tmp_path: Path) -> None:
+    few = Ablation(optimizers=("muon", "soaa"), learning_rates=(0.01,), seeds=1, steps=4, evaluations=1)
+    report(ablate(few, tmp_path).folder)
+    pictures = {path.stem for path in (tmp_path / "figures").glob("*.png")}
+    assert "digits-radius" in pictures
+    assert "digits-damping" not in pictures
+
+
+@pytest.mark.parametrize("reference", ["AdamW", "SGD-Nesterov, as others call it"])
+def test_what_an_axis_is_fits_beside_long_names(reference: str) -> None:
+    interval = Interval(1.0, 0.5, 2.0, 5)
+    found = [Comparison("AdamW, SOAA's radius replayed", reference, *[interval] * 5) for _ in range(7)]
+    figure = figures.forest(found, "gradients", f"gradients over {reference}'s", 1.0)
+    FigureCanvasAgg(figure).draw()
+    place = figure.axes[0].xaxis.label.get_window_extent()
+    assert figure.bbox.x0 <= place.x0 < place.x1 <= figure.bbox.x1
 
 
 def test_every_revision_and_machine_of_a_continued_ablation_is_named(tmp_path: Path) -> None:
