@@ -6,6 +6,7 @@ Legend: B = diag(B_1, …, B_K) up to the order of the parameters; (B + λI)⁻�
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -68,13 +69,13 @@ class BlockOperator(Operator):
         self._check_size("to_dense")
         ends = torch.tensor([x.numel() for x in self.like]).cumsum(0).tolist()
         spans = [range(end - x.numel(), end) for end, x in zip(ends, self.like, strict=True)]
-        dense: Tensor | None = None
-        for indices, operator in self.parts:
-            block = operator.to_dense()
-            if dense is None:
-                size = vectors.numel(self.like)
-                dense = torch.zeros(size, size, dtype=block.dtype, device=block.device)
-            where = torch.tensor([k for i in indices for k in spans[i]], device=dense.device)
+        blocks = [operator.to_dense() for _, operator in self.parts]
+        dtype = reduce(torch.promote_types, (block.dtype for block in blocks))
+        size = vectors.numel(self.like)
+        dense = torch.zeros(size, size, dtype=dtype, device=blocks[0].device)
+        for (indices, _), block in zip(self.parts, blocks, strict=True):
+            where = torch.tensor(
+                [k for i in indices for k in spans[i]], dtype=torch.int64, device=dense.device
+            )
             dense[where.unsqueeze(1), where] = block.to(dense)
-        assert dense is not None
         return dense

@@ -6,6 +6,7 @@ entries under ``"k.name"``, with tensors without elements where a parameter belo
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -49,12 +50,14 @@ class PerParameter(Estimator):
         rules: (rule, estimator) pairs, tried in order. A rule is a glob pattern on the parameter's name
             (``"*.bias"``, ``"*"``), a module type or a tuple of types that the module holding the parameter must be
             an instance of, or a function ``rule(name, parameter, module) -> bool`` (for shapes). Pairs that name the
-            same estimator object make one group, so that a layer's weight and bias can be one block. Without rules:
-            :class:`KFAC` for linear and convolutional layers, :class:`EmpiricalFisherDiagonal` for the rest.
+            same estimator object make one group, so that a layer's weight and bias can be one block. A parameter that
+            several modules share is asked about under each of its names. Without rules: :class:`KFAC` for linear and
+            convolutional layers, :class:`EmpiricalFisherDiagonal` for the rest.
         model: the model that names the parameters; needed in an optimizer, known to :func:`curvature.estimate`.
 
     Raises:
-        ValueError: for a parameter that no rule fits, or that is not the model's.
+        ValueError: for a parameter that no rule fits, or that is not the model's; for a rule that is a name, without
+            wildcards, of which the model has no parameter.
 
     >>> from curvature import HutchinsonDiagonal, Identity, estimate
     >>> model = nn.Linear(2, 1)
@@ -94,6 +97,11 @@ class PerParameter(Estimator):
         return any(getattr(part, "tracks_steps", False) for part in self.parts)
 
     @property
+    def evaluates_gradients(self) -> bool:  # type: ignore[override]
+        """Whether a part takes finite differences in the closure."""
+        return any(getattr(part, "evaluates_gradients", False) for part in self.parts)
+
+    @property
     def semidefinite(self) -> bool | None:  # type: ignore[override]
         """Whether every part is; one of which nobody knows leaves it open."""
         promises = [getattr(part, "semidefinite", None) for part in self.parts]
@@ -107,10 +115,11 @@ class PerParameter(Estimator):
 
     def assign(self, model: nn.Module, params: Sequence[Tensor]) -> list[int]:
         """The group of every parameter: an index into :attr:`parts`."""
-        where: dict[int, tuple[str, nn.Module]] = {}
-        for prefix, module in model.named_modules():
-            for name, p in module.named_parameters(recurse=False):
-                where.setdefault(id(p), (f"{prefix}.{name}" if prefix else name, module))
+        where: dict[int, list[tuple[str, nn.Module]]] = {}
+        for prefix, module in model.named_modules(remove_duplicate=False):
+            for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
+                where.setdefault(id(p), []).append((f"{prefix}.{name}" if prefix else name, module))
+        check_names([rule for rule, _ in self.rules], [name for found in where.values() for name, _ in found])
         group = {id(part): k for k, part in enumerate(self.parts)}
         found = []
         for i, p in enumerate(params):
@@ -119,10 +128,15 @@ class PerParameter(Estimator):
                     f"PerParameter(model=) must be the model of all parameters, but parameter {i} of shape "
                     f"{tuple(p.shape)} is not in it"
                 )
-            name, module = where[id(p)]
-            estimator = next((e for rule, e in self.rules if fits(rule, name, p, module)), None)
+            places = where[id(p)]
+            estimator = next(
+                (e for rule, e in self.rules if any(fits(rule, name, p, module) for name, module in places)),
+                None,
+            )
             if estimator is None:
-                raise ValueError(f"no rule fits parameter {name!r}: end the rules with ('*', estimator)")
+                raise ValueError(
+                    f"no rule fits parameter {places[0][0]!r}: end the rules with ('*', estimator)"
+                )
             found.append(group[id(estimator)])
         return found
 
@@ -211,6 +225,18 @@ def default_rules(model: nn.Module | None) -> tuple[tuple[Rule, CurvatureEstimat
         )
     matrices = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     return (matrices, KFAC(model)), ("*", EmpiricalFisherDiagonal())
+
+
+def check_names(rules: Sequence[Rule], names: Sequence[str]) -> None:
+    """Refuse a rule that names one parameter, and names none: its estimator would never be asked."""
+    for rule in rules:
+        if isinstance(rule, str) and not any(c in rule for c in "*?[") and rule not in names:
+            near = difflib.get_close_matches(rule, names, n=1, cutoff=0.0)
+            raise ValueError(
+                f"rule {rule!r} names no parameter of the model (the nearest is {near[0]!r}): mend it, or leave it out"
+                if near
+                else f"rule {rule!r} names no parameter of the model: it has none"
+            )
 
 
 def fits(rule: Rule, name: str, parameter: Tensor, module: nn.Module) -> bool:

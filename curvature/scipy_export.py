@@ -49,6 +49,8 @@ def to_scipy(operator: CurvatureOperator, like: Sequence[Tensor] | None = None) 
     size = vectors.numel(shaped)
 
     def matvec(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        if np.iscomplexobj(x):  # B is real
+            return matvec(x.real) + 1j * matvec(x.imag)
         flat = torch.from_numpy(np.array(x, dtype=np.float64).reshape(-1))
         v = [
             piece.to(p.device, vectors.compute_dtype(p.dtype))

@@ -76,6 +76,12 @@ class Shampoo(Estimator):
             raise ValueError(f"block_size must be >= 1 or None, got {self.block_size}")
         if self.grafting is not None and self.grafting.needs.graph:
             raise ValueError(f"grafting must need only gradients, got {type(self.grafting).__name__}")
+        for name in ("tracks_steps", "evaluates_gradients"):
+            if getattr(self.grafting, name, False):
+                raise ValueError(
+                    f"grafting must need only the gradients of the steps, got {type(self.grafting).__name__}: graft "
+                    "a diagonal, such as RootDiagonal(EmpiricalFisherDiagonal())"
+                )
 
     @property
     def needs(self) -> Needs:

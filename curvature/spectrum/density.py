@@ -39,9 +39,10 @@ class SpectralDensity:
         return min(float(t.min()) for t in self.nodes), max(float(t.max()) for t in self.nodes)
 
     def default_width(self) -> float:
-        """A hundredth of the range of the nodes."""
+        """A hundredth of the range of the nodes; where that is a point, a part in 10¹² of it, or 10⁻¹² for zero."""
         low, high = self.bounds
-        return max((high - low) / 100, 1e-12 * max(abs(low), abs(high), 1e-300))
+        width = max((high - low) / 100, 1e-12 * max(abs(low), abs(high)))
+        return max(width, 1e-290) if width else 1e-12  # its reciprocal, the height of the density, is finite
 
     def grid(self, points: int = 1001, width: float | None = None) -> Tensor:
         """Evenly spaced points over the nodes and five widths beyond."""

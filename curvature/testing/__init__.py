@@ -22,8 +22,8 @@ LAWS: dict[str, Callable[[Subject], None]] = {
     "contract": training_laws.check_contract,
     "state": training_laws.check_state,
     "statistics": training_laws.check_statistics,
-    "matvec": matrix_laws.check_matvec,
     "diagonal": matrix_laws.check_diagonal,
+    "matvec": matrix_laws.check_matvec,
     "semidefinite": matrix_laws.check_semidefinite,
     "solve": matrix_laws.check_solve,
     "vectors": matrix_laws.check_vectors,
@@ -83,3 +83,5 @@ def check_estimator(
             LAWS[name](subject)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from error
+        except Exception as error:
+            raise AssertionError(f"{name}: ended in {type(error).__name__}: {error}") from error

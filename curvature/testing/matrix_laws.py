@@ -30,6 +30,10 @@ def check_matvec(subject: Subject) -> None:
         )
     close(B, B.T, "to_dense() is not symmetric", B)
     u, v = random_vector(like, 0), random_vector(like, 1)
+    op.matvec(u)
+    assert torch.equal(flat(u), flat(random_vector(like, 0))), (
+        "matvec wrote into the vector that it was given"
+    )
     both = [2.0 * a - 3.0 * b for a, b in zip(u, v, strict=True)]
     ours = 2.0 * flat(op.matvec(u)) - 3.0 * flat(op.matvec(v))
     close(flat(op.matvec(both)), ours, "matvec is not linear", B * size)
@@ -62,16 +66,27 @@ def check_semidefinite(subject: Subject) -> None:
 
 
 def check_solve(subject: Subject) -> None:
-    """solve(B v + λv, λ) is v, or a documented error; a negative damping is refused."""
+    """solve(B v + λv, λ) is v, or a documented error; a singular B at λ = 0 and a negative damping are refused."""
     op = subject.estimate(subject.model())
-    like = split_columns(op, op.to_dense())
+    B = op.to_dense()
+    like = split_columns(op, B)
     v = random_vector(like, 2)
+    singular = torch.linalg.svdvals(B)
+    if bool(singular[-1] <= 1e-15 * singular[0]):
+        try:
+            op.solve(v, 0.0)
+        except (SingularCurvatureError, NotImplementedError, ConvergenceError):
+            pass
+        else:
+            raise AssertionError("solve(v, 0) of a singular B must raise curvature.SingularCurvatureError")
     for damping in (1e-2, 1.0, torch.tensor(3.0, dtype=torch.float64)):
         right = [b + float(damping) * x for b, x in zip(op.matvec(v), v, strict=True)]
+        given = flat(right).clone()
         try:
             found = op.solve(right, damping)
         except (SingularCurvatureError, NotImplementedError, ConvergenceError):
             continue
+        assert torch.equal(flat(right), given), "solve wrote into the vector that it was given"
         close(
             flat(found), flat(v), f"solve(matvec(v) + λv, λ) is not v at λ = {float(damping)}", flat(v), 1e-6
         )
@@ -91,6 +106,11 @@ def check_vectors(subject: Subject) -> None:
                 getattr(op, name)(bad)
             except (ValueError, NotImplementedError):
                 continue
+            except Exception as error:
+                raise AssertionError(
+                    f"{name} of a vector that is not shaped like the parameters must raise ValueError, not "
+                    f"{type(error).__name__}: call check_vector(v) of curvature.Operator first"
+                ) from error
             raise AssertionError(
                 f"{name} of a vector that is not shaped like the parameters must raise ValueError"
             )

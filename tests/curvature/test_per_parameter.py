@@ -184,6 +184,77 @@ def test_block_operator_refuses_parts_that_overlap_or_leave_out() -> None:
             BlockOperator(like, parts)
 
 
+def test_block_operator_keeps_the_widest_dtype_and_takes_empty_parameters() -> None:
+    like = [torch.zeros(1), torch.zeros(0), torch.zeros(1, dtype=torch.float64)]
+    wide = torch.tensor([1.0 + 1e-12], dtype=torch.float64)
+    op = BlockOperator(
+        like,
+        [
+            ([0], DiagonalOperator([torch.ones(1)])),
+            ([1], DiagonalOperator([torch.ones(0)])),
+            ([2], DiagonalOperator([wide])),
+        ],
+    )
+    assert op.to_dense()[1, 1] == wide
+
+
+@pytest.mark.parametrize("rule", ["1.weight", "head.weight", nn.Linear])
+def test_a_shared_parameter_goes_by_every_name_it_has(rule: Any) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(3, 3), nn.Linear(3, 3, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.table(x))
+
+    model = (
+        seeded(Tied()) if rule != "1.weight" else seeded(nn.Sequential(*[nn.Linear(3, 3, bias=False)] * 2))
+    )
+    found = PerParameter([(rule, HessianDiagonal()), ("*", Identity())], model).assign(
+        model, list(model.parameters())
+    )
+    assert found == [0]
+
+
+def test_a_name_that_no_parameter_has_is_refused_with_the_nearest() -> None:
+    model = network()
+    for rules in ([("0.wieght", Hessian()), ("*", Identity())], [("*", Identity()), ("9.bias", Identity())]):
+        with pytest.raises(
+            ValueError, match=r"names no parameter of the model \(the nearest is '[03].(weight|bias)'"
+        ):
+            estimate(PerParameter(rules), model, nn.CrossEntropyLoss(), [(X, Y)])
+    # a pattern may fit nothing: rules serve several models
+    estimate(
+        PerParameter([("*.gamma", Hessian()), ("*", Identity())]), model, nn.CrossEntropyLoss(), [(X, Y)]
+    )
+
+
+def test_a_part_takes_finite_differences_in_the_closure() -> None:
+    found = []
+    for hessian in (Hessian(hvp="finite-difference"), Hessian()):
+        model = network()
+        rules: list[tuple[Any, Any]] = [("0.*", hessian), ("*", Identity())]
+        optimizer = SecondOrder(
+            model.parameters(),
+            lr=0.5,
+            curvature=PerParameter(rules, model),
+            trust_region=trust_regions["unbounded"](damping=5.0),
+        )
+
+        def closure(model: nn.Module = model, optimizer: SecondOrder = optimizer) -> Tensor:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(X), Y)
+            optimizer.backward(loss)
+            return loss
+
+        for _ in range(3):
+            optimizer.step(closure)
+        found.append(dense.flat(list(model.parameters())))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-8)
+
+
 def test_a_singular_block_raises() -> None:
     op = BlockOperator([torch.zeros(1)], [([0], DiagonalOperator([torch.zeros(1)]))])
     with pytest.raises(SingularCurvatureError):

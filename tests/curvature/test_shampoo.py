@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-from curvature import EmpiricalFisherDiagonal, Observation, RootDiagonal, Shampoo, SingularCurvatureError
+from curvature import (
+    LBFGS,
+    EmpiricalFisherDiagonal,
+    Hessian,
+    Observation,
+    RootDiagonal,
+    Shampoo,
+    SingularCurvatureError,
+)
 from curvature.tensor_blocks import blocks_of
 
 
@@ -166,6 +176,12 @@ def test_float32_singular_factors_give_finite_steps() -> None:
     [step] = estimator.operator(state).solve([G])
     # G = σ u vᵀ has the step u vᵀ; rounding must not be amplified by the inverse root of a zero eigenvalue
     torch.testing.assert_close(step, G / torch.linalg.matrix_norm(G, 2), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("other", [LBFGS(), Hessian(hvp="finite-difference"), Hessian()])
+def test_grafting_of_what_needs_more_than_the_steps_gradients_is_refused(other: Any) -> None:
+    with pytest.raises(ValueError, match=f"only.* gradients.*, got {type(other).__name__}"):
+        Shampoo(grafting=other)
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from curvature import MatrixFreeOperator, conjugate_gradient, vectors
+from curvature import MatrixFreeOperator, conjugate_gradient, to_scipy, vectors
 from curvature.krylov_solve import krylov_solve
 from curvature.spectrum import extreme_eigenvalues, spectral_density
 
@@ -88,3 +89,11 @@ def test_vectors_of_a_wrong_shape_are_named() -> None:
         conjugate_gradient(short, b)
     with pytest.raises(ValueError, match="initial must be shaped like b"):
         conjugate_gradient(times(DEFINITE), b, initial=[torch.ones(3), torch.ones(3)])
+
+
+def test_exported_operator_multiplies_complex_vectors_as_scipy_may_ask() -> None:
+    h = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    exported = to_scipy(MatrixFreeOperator(times(h), [h]))
+    x = np.array([1 + 1j, 2j, 3])
+    np.testing.assert_array_equal(exported @ x, h.numpy() * x)
+    np.testing.assert_array_equal(exported @ np.eye(3), np.diag(h.numpy()))

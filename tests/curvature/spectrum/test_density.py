@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from curvature import MatrixFreeOperator
 from curvature.spectrum import spectral_density
 from curvature.spectrum.flat import FlatOperator
 from tests.curvature.spectrum import matrices
@@ -75,3 +76,14 @@ def test_bad_arguments_are_refused() -> None:
         spectral_density(B, probes=0)
     with pytest.raises(ValueError, match="width must be > 0"):
         spectral_density(B, steps=2, probes=1).density(torch.zeros(1), width=0.0)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-300, 1e-30, 2.0, 1e30])
+def test_density_of_a_multiple_of_the_identity_integrates_to_one(scale: float) -> None:
+    B = MatrixFreeOperator(lambda v: [scale * x for x in v], [torch.zeros(7, dtype=torch.float64)])
+    spectrum = spectral_density(B, steps=5, probes=2)
+    assert [len(t) for t in spectrum.nodes] == [1, 1]
+    grid = spectrum.grid()
+    density = spectrum.density(grid)
+    assert density.isfinite().all()
+    assert abs(float(torch.trapezoid(density, grid)) - 1) < 1e-4
