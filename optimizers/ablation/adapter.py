@@ -80,7 +80,13 @@ def build(
         return optimizers.build(model, curvature=cell.curvature, trust_region=cell.trust_region, **options)
     except (ValueError, TypeError, KeyError) as error:
         message = error.args[0] if error.args else error
-        raise AblationError(f"{cell.label}: {message}") from error
+        raise AblationError(f"{cell.label}: {message}{_words(error, options)}") from error
+
+
+def _words(error: Exception, options: Mapping[str, object]) -> str:
+    """Where a type was wrong: which options were read as words, since a number with a slip in it is one."""
+    words = [f"{name}={value!r}" for name, value in options.items() if isinstance(value, str)]
+    return f"; read as words, not numbers: {', '.join(words)}" if words and isinstance(error, TypeError) else ""
 
 
 def _typed(cell: Cell, name: str, value: object) -> object:

@@ -203,6 +203,7 @@ def test_the_closure_loop_is_used_where_a_trial_is_judged(cell: str) -> None:
         ("saoa", {}, "'soaa'"),
         ("soaa:gama=0.1", {}, "gamma"),
         ("soaa:gamma=0.3", {}, r"gamma must be in \(0, 0.25\], got 0.3"),
+        ("soaa:gamma=0.2x", {}, "read as words, not numbers: gamma='0.2x'"),
         ("torch-adamw:beta=3", {}, "'betas'"),
         ("hesian+unbounded", {}, "'hessian'"),
         ("soaa", {"learning_rate": -1.0}, "-1"),
