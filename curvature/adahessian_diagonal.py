@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
-import torch
 from torch import Tensor
 
 from curvature.estimate import from_statistics
 from curvature.hutchinson import DiagonalMode, HutchinsonDiagonal, diagonal_by_differences
 from curvature.loss_graph import LossGraph
-from curvature.operators import DiagonalOperator, MappedDiagonal
+from curvature.operators import DiagonalOperator, PowerDiagonal
 from curvature.probes import Distribution
 from curvature.problem import Problem
 from curvature.protocols import CurvatureOperator, Estimator, Needs, Observation, State, Statistics
@@ -129,16 +128,13 @@ class AdaHessianDiagonal(Estimator):
         mean, count = cast("list[Tensor]", state["mean_square"]), cast("list[Tensor]", state["count"])
         live = [i for i, g in enumerate(seen.gradient) if g is not None]
         averaged = self._hutchinson().averaged
-        for i in live:  # one at a time: a square lives no longer than it is needed
-            running_mean_([mean[i]], [averaged(measured[i]).square()], [count[i]], self.beta)
+        squares = (averaged(measured[i]).square() for i in live)  # formed one at a time, where it is needed
+        running_mean_([mean[i] for i in live], squares, [count[i] for i in live], self.beta)
 
     def operator(self, state: State) -> DiagonalOperator:
         """diag(v^(k/2))."""
-        return MappedDiagonal(
-            cast("list[Tensor]", state["mean_square"]),
-            lambda v, _, out: torch.pow(v, 0.5 * self.power, out=out),
-            least=0.0,
-        )
+        v = cast("list[Tensor]", state["mean_square"])
+        return PowerDiagonal(v, [1.0] * len(v), power=0.5 * self.power, floor=0.0)
 
 
 estimators.add("adahessian-diagonal", AdaHessianDiagonal)

@@ -188,6 +188,38 @@ class MappedDiagonal(DiagonalOperator):
         return self._values
 
 
+class PowerDiagonal(MappedDiagonal):
+    """B = diag(max(γ x^k, ε)): Sophia's floor (k = 1), a root mean square (k = ½); native passes know the form.
+
+    Args:
+        base: x, one tensor a parameter; not negative where k is no 1.
+        scales: γ > 0 of every tensor.
+        power: k > 0.
+        floor: ε >= 0; 0 is no floor, for an x that is not negative.
+
+    >>> op = PowerDiagonal([torch.tensor([4.0, -9.0])], [0.5], power=1.0, floor=1.0)
+    >>> op.diagonal()
+    [tensor([2., 1.])]
+    """
+
+    def __init__(
+        self, base: Sequence[Tensor], scales: Sequence[float | Tensor], power: float, floor: float
+    ) -> None:
+        super().__init__(base, self._put, least=floor)
+        self.scales, self.power, self.floor = list(scales), power, floor
+
+    def _put(self, x: Tensor, i: int, out: Tensor) -> None:
+        scale = self.scales[i]
+        if self.power != 1.0:
+            torch.pow(x, self.power, out=out)
+            if isinstance(scale, Tensor) or scale != 1.0:
+                out.mul_(scale)
+        else:
+            torch.mul(x, scale, out=out)
+        if self.floor != 0.0:
+            out.clamp_(min=self.floor)
+
+
 class IdentityOperator(Operator):
     """B = I: plain gradient steps.
 

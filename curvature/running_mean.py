@@ -7,10 +7,13 @@ h_t = h_{t-1} + w_t (x_t - h_{t-1}) with w_t = (1-β)/(1-βᵗ); w_1 = 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
+
+from curvature import vectors
 
 
 def check_beta(beta: float, name: str = "beta") -> None:
@@ -33,8 +36,16 @@ def bias_correction(count: Tensor, beta: float | Tensor) -> Tensor:
     return -torch.expm1(count.clamp(min=1.0) * math.log(beta))
 
 
+def bias_corrections(counts: Sequence[Tensor], beta: float) -> list[float | Tensor]:
+    """1 - βᵗ of every count: numbers where the host may read them without a wait, since those cost no operations."""
+    if not all(vectors.readable(t) for t in counts):
+        return [bias_correction(t, beta) for t in counts]
+    seen = [max(t, 1.0) for t in torch.stack(list(counts)).tolist()] if counts else []
+    return [1.0 if beta == 0.0 else -math.expm1(t * math.log(beta)) for t in seen]
+
+
 def running_mean_(
-    means: Sequence[Tensor], values: Sequence[Tensor], counts: Sequence[Tensor], beta: float
+    means: Sequence[Tensor], values: Iterable[Tensor], counts: Sequence[Tensor], beta: float
 ) -> None:
     """Take ``values`` into ``means``, in place, and count them.
 
@@ -49,10 +60,17 @@ def running_mean_(
     >>> h, t
     ([tensor([3.])], [tensor(1.)])
     """
+    # lerp is exact at weight 1 (it computes value - (value - mean)(1 - weight) there).
+    if counts and all(vectors.readable(t) for t in counts):
+        torch._foreach_add_(list(counts), 1.0)
+        seen = torch.stack(list(counts)).tolist()
+        corrections = cast("list[float]", bias_corrections(counts, beta))
+        for mean, value, t, c in zip(means, values, seen, corrections, strict=True):
+            mean.lerp_(value.to(mean.dtype), 1.0 if t <= 1.0 else (1.0 - beta) / c)
+        return
     for mean, value, count in zip(means, values, counts, strict=True):
         count.add_(1.0)
         weight = torch.where(count <= 1.0, 1.0, (1.0 - beta) / bias_correction(count, beta))
-        # lerp is exact at weight 1 (it computes value - (value - mean)(1 - weight) there).
         mean.lerp_(value.to(mean.dtype), weight.to(mean.dtype))
 
 

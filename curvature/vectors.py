@@ -175,9 +175,23 @@ def _scaled_norm(v: Vector, plain: Tensor) -> Tensor:
     return _norm_of_norms([x / largest for x in v]) * largest
 
 
+_unread = False
+
+
+@contextmanager
+def unread() -> Iterator[None]:
+    """Inside, nothing is :func:`readable`: a step that may be captured takes the same operations on every device."""
+    global _unread
+    before, _unread = _unread, True
+    try:
+        yield
+    finally:
+        _unread = before
+
+
 def readable(x: Tensor) -> bool:
     """Whether the host can read ``x`` now: on an accelerator it would wait, and in a graph there is no value yet."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not _unread
 
 
 def on(device: torch.device, *scalars: Tensor) -> list[Tensor]:
@@ -235,7 +249,7 @@ def all_finite(v: Vector) -> Tensor:
 
     The largest absolute value is looked at, since a sum may overflow although no element does.
     """
-    if v and all(x.device.type == "cpu" for x in v) and not torch.compiler.is_compiling():
+    if v and all(readable(x) for x in v):
         # The sum of squares is ten times as fast there, and finite only if every element is.
         if bool(torch.isfinite(total(torch._foreach_norm(list(v))))):
             return torch.ones((), dtype=torch.bool)

@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
-import torch
 from torch import Tensor
 
 from curvature.estimate import run
 from curvature.loss_graph import LossGraph
-from curvature.operators import DiagonalOperator, MappedDiagonal
+from curvature.operators import DiagonalOperator, PowerDiagonal
 from curvature.problem import Problem
 from curvature.protocols import (
     CurvatureEstimator,
@@ -24,7 +23,7 @@ from curvature.protocols import (
     State,
     Statistics,
 )
-from curvature.running_mean import bias_correction
+from curvature.running_mean import bias_corrections
 
 
 class WrappedDiagonal:
@@ -123,7 +122,7 @@ class RootDiagonal(WrappedDiagonal):
 
     def changed(self, state: State, diagonal: list[Tensor]) -> DiagonalOperator:
         """√h."""
-        return MappedDiagonal(diagonal, lambda h, _, out: torch.sqrt(h, out=out), least=0.0)
+        return PowerDiagonal(diagonal, [1.0] * len(diagonal), power=0.5, floor=0.0)
 
 
 @dataclass(frozen=True)
@@ -174,9 +173,5 @@ class FlooredDiagonal(WrappedDiagonal):
         if not self.bias_corrected:
             beta = cast(float, self.estimator.beta)  # type: ignore[attr-defined]
             counts = cast("list[Tensor]", state["count"])
-            scales = [self.scale * bias_correction(t, beta) for t in counts]
-        return MappedDiagonal(
-            diagonal,
-            lambda h, i, out: torch.mul(h, scales[i], out=out).clamp_(min=self.floor),
-            least=self.floor,
-        )
+            scales = [self.scale * c for c in bias_corrections(counts, beta)]
+        return PowerDiagonal(diagonal, scales, power=1.0, floor=self.floor)

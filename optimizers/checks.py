@@ -59,7 +59,7 @@ FLAGS: dict[str, tuple[bool, str]] = {
     ),
     "fused": (
         True,
-        "compile=True takes the step of SOAA, Adam and AdamW in fused kernels; leave the flag out",
+        "compile=True takes the step of SOAA, Adam, AdamW, Sophia and AdaHessian in fused kernels; leave the flag out",
     ),
     "capturable": (
         True,

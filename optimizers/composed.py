@@ -22,7 +22,7 @@ from optimizers.pending import Pending
 from optimizers.rounding import check_state_dtype, narrowed
 from optimizers.sharding import shards_of, stored
 from optimizers.step_info import StepInfo
-from optimizers.step_paths import Compile, Held, StepPaths, check_compile
+from optimizers.step_paths import Compile, Held, StepPaths, check_compile, check_compiled_device
 from trust_region import TrustRegion
 
 if TYPE_CHECKING:
@@ -161,6 +161,7 @@ class Composed(torch.optim.Optimizer):
             raise
         try:
             check_shardable(find_ranks(self._params, None), self.curvature, self.trust_region)
+            check_compiled_device(self.compile, self._composition(), self._shards)
         except Exception:
             self.param_groups.pop()
             raise

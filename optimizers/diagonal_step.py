@@ -11,17 +11,45 @@ itself, so it is formed when it is asked for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor
 
+from curvature import AdaHessianDiagonal, FlooredDiagonal, HutchinsonDiagonal
+from curvature.measured_diagonal import MeasuredDiagonal
 from curvature.operators import DiagonalOperator, MappedDiagonal
+from curvature.wrapped_diagonal import RootDiagonal
 from optimizers.blocked import Blocks
+from optimizers.compiled.native_diagonal import NativeDiagonal, Numbers
+from optimizers.core import Composition
 from optimizers.elementwise import correction
 from optimizers.momentum import PlainMean, RunningMean
 from trust_region import Box, FixedRadius, Proposal, TrustRegion, Unbounded
+
+
+def has_native_pass(composition: Composition) -> bool:
+    """Whether steps of this composition are one native pass, whatever its tensors: a diagonal that is never negative.
+
+    Exact types are asked for, since a subclass may compute something else.
+    """
+    curvature, trust_region, momentum = composition.curvature, composition.trust_region, composition.momentum
+    if type(curvature) is AdaHessianDiagonal:
+        known = curvature.power == 1.0
+    else:
+        wraps = type(curvature) in (FlooredDiagonal, RootDiagonal)
+        known = wraps and isinstance(
+            curvature.estimator,  # type: ignore[attr-defined]
+            (MeasuredDiagonal, HutchinsonDiagonal),
+        )
+    if not known or trust_region.subproblem is not None or getattr(curvature, "evaluates_gradients", False):
+        return False
+    if type(trust_region.region) not in (Unbounded, Box) or type(trust_region.radius) is not FixedRadius:
+        return False
+    averaged = type(momentum) is RunningMean or (type(momentum) is PlainMean and not momentum.nesterov)
+    return averaged and momentum.beta > 0.0  # type: ignore[union-attr]
 
 
 def suits(
@@ -72,6 +100,7 @@ def step_(
     count: Sequence[Tensor],
     options: tuple[Sequence[float], Sequence[float | Tensor], Sequence[float]],
     limits: tuple[float, float],
+    native: NativeDiagonal | None = None,
 ) -> Callable[[], Proposal]:
     """Average the gradient and move the parameters, in place; the record of it is formed where it is asked for.
 
@@ -85,6 +114,7 @@ def step_(
         count: gradients seen before this one, 0-d a tensor; incremented.
         options: β, η and λ_wd of every tensor.
         limits: r and λ.
+        native: the pass that takes it where it can; ``None`` takes it in blocks.
 
     Returns:
         what gives the proposal that was taken, from m and h, which stay as they are until the next step.
@@ -96,8 +126,13 @@ def step_(
     times = torch.stack(list(count)).tolist() if corrected else [0.0] * len(lr)
     c = [correction(t, b) if corrected else 1.0 for t, b in zip(times, betas, strict=True)]
     radius, damping = limits
+    boxed = type(trust_region.region) is Box
+    if native is not None and native.serves(operator, params, mean):
+        reach = radius if boxed else math.inf
+        native.step_(operator, params, gradient, mean, Numbers(betas, lr, decays, c, reach, damping))
+        return lambda: _proposal(_Direction(operator, Blocks.of(params), mean, c, damping), boxed, lr, radius)
     direction = _Direction(operator, Blocks.of(params), mean, c, damping)
-    blocks, boxed = direction.blocks, type(trust_region.region) is Box
+    blocks = direction.blocks
     p, g = blocks.views(params), blocks.views(gradient)
     for k, i in enumerate(blocks.owner):
         direction.m[k].lerp_(g[k], 1.0 - betas[i])

@@ -41,7 +41,8 @@ class SecondOrder(Observing):
         weight_decay: λ >= 0, decoupled: θ ← θ - ηλθ.
         maximize: climb in place of descending; for curvature that needs only gradients.
         compile: ``True`` takes the step in compiled kernels, for compositions whose signals are gradients (another is
-            refused with the reason): fused passes for SOAA, Adam and AdamW, one graph over all tensors for the rest;
+            refused with the reason): fused passes for SOAA, Adam and AdamW, one graph over all tensors for the rest,
+            and on a CPU one fused pass for a measured diagonal, Sophia's and AdaHessian's;
             ``"auto"`` does so on an accelerator, where it can, and says once where no compiler works; ``False`` never.
             Without: foreach calls, on a CPU block by block.
         process_group: the data-parallel ranks over which losses and statistics are averaged: ``"auto"`` is the default

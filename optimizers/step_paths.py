@@ -5,8 +5,8 @@ From the narrowest to the widest:
 - *compiled*, where every tensor has a gradient (:mod:`optimizers.compiled`): two kernels for one formula an element,
   a graph over all tensors for any other composition whose signals are gradients;
 - *blocked*: likewise, one formula an element on a CPU, block by block (``blocked.py``);
-- *diagonal*: a diagonal curvature on a CPU, block by block (``diagonal_step.py``), or one that is diagonal in a rotated
-  basis (``rotated_step.py``);
+- *diagonal*: a diagonal curvature on a CPU, block by block or, with ``compile=True``, in one native pass
+  (``diagonal_step.py``), or one that is diagonal in a rotated basis (``rotated_step.py``);
 - the general path (``core.py``), which writes every intermediate vector and takes anything.
 """
 
@@ -30,6 +30,7 @@ from optimizers.compiled.elementwise_path import ElementwisePath, has_passes, pa
 from optimizers.compiled.graph_path import GraphPath
 from optimizers.compiled.host_path import HostRecord
 from optimizers.compiled.kernels import compiler_failures
+from optimizers.compiled.native_diagonal import NativeDiagonal
 from optimizers.compiled.tensors import Options, Tensors
 from optimizers.core import Composition
 from optimizers.distributed import Ranks, find_ranks
@@ -109,11 +110,30 @@ def check_compile(compiles: Compile, composition: Composition) -> None:
     """
     if compiles not in (True, False, "auto"):
         raise ValueError(f'compile must be True, False or "auto", got {compiles!r}')
-    reason = graph.why_not(composition) if compiles is True else None
+    if compiles is not True or diagonal_step.has_native_pass(composition):
+        return
+    reason = graph.why_not(composition)
     if reason is not None:
         raise ValueError(
-            f'compile=True takes compositions whose signals are gradients, and {reason}: leave compile at "auto"'
+            "compile=True takes compositions whose signals are gradients, SophiaH, SophiaG and AdaHessian, and here "
+            f'{reason}: leave compile at "auto"'
         )
+
+
+def check_compiled_device(compiles: Compile, composition: Composition, shards: Sequence[Tensor]) -> None:
+    """Refuse ``True`` on an accelerator for what is compiled for a CPU alone.
+
+    Raises:
+        ValueError: naming the device.
+    """
+    if compiles is not True or graph.why_not(composition) is None:
+        return
+    for device in {p.device for p in shards}:
+        if device.type != "cpu":
+            raise ValueError(
+                f"compile=True takes the step of {type(composition.curvature).__name__} on a CPU, and the parameters "
+                f'are on {device}: leave compile at "auto"'
+            )
 
 
 class StepPaths:
@@ -130,6 +150,8 @@ class StepPaths:
         self._path: ElementwisePath | None = None
         self._graph: GraphPath | None = None
         self._refused = False
+        native = compiles is True and diagonal_step.has_native_pass(composition)
+        self._native = NativeDiagonal() if native else None
 
     # -- compiled, or in blocks -----------------------------------------------------------------------------------
 
@@ -290,6 +312,7 @@ class StepPaths:
             held.steps,
             options,
             (float(cast(Tensor, held.region_state["radius"])), float(cast(Tensor, damping))),
+            self._native,
         )
 
 

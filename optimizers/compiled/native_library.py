@@ -12,7 +12,9 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
-from optimizers.compiled.native_source import SOURCE
+from optimizers.compiled import native_diagonal_source, native_source
+
+SOURCE = native_source.SOURCE + native_diagonal_source.SOURCE
 
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
 """No ``-ffast-math``: a gradient that is not finite must stay one."""

@@ -54,7 +54,9 @@ def of_optimizer(optimizer: Any, create_graph: Callable[[], bool] = lambda: Fals
 STEPS: dict[str, tuple[int, Callable[[nn.Module], torch.optim.Optimizer]]] = {
     "adamw": (1, lambda m: torch.optim.AdamW(m.parameters(), lr=1e-4, fused=True)),
     "sophia-h": (10, lambda m: optimizers.SophiaH(m.parameters(), lr=1e-5)),
+    "sophia-h, compiled": (10, lambda m: optimizers.SophiaH(m.parameters(), lr=1e-5, compile=True)),
     "adahessian": (1, lambda m: optimizers.AdaHessian(m.parameters(), lr=1e-3)),
+    "adahessian, compiled": (1, lambda m: optimizers.AdaHessian(m.parameters(), lr=1e-3, compile=True)),
     "adahessian, interval 2": (2, lambda m: optimizers.AdaHessian(m.parameters(), lr=1e-3, interval=2)),
     "soap": (10, lambda m: optimizers.SOAP(m.parameters(), lr=1e-4)),
     "kfac": (20, lambda m: optimizers.KFAC(m, lr=0.1, damping="fixed")),

@@ -10,9 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from curvature import AdaHessianDiagonal, FlooredDiagonal, HutchinsonDiagonal
+from curvature import AdaHessianDiagonal, FisherDiagonal, FlooredDiagonal, HutchinsonDiagonal, RootDiagonal
 from optimizers import AdaHessian, SecondOrder, SophiaH, blocked, diagonal_step
+from optimizers.compiled import native_diagonal
+from optimizers.compiled.native_diagonal import NativeDiagonal
 from optimizers.momentum import PlainMean, RunningMean
+from optimizers.step_paths import Compile
 from trust_region import Box, FixedRadius, TrustRegion, Unbounded
 
 FIELDS = ("predicted_reduction", "step_norm", "damping", "radius")
@@ -37,16 +40,19 @@ CASES: dict[str, Callable[[list[Tensor]], SecondOrder]] = {
 }
 
 
-def trained(make: Callable[[list[Tensor]], SecondOrder]) -> tuple[list[Tensor], list[list[float]]]:
+def trained(
+    make: Callable[[list[Tensor]], SecondOrder], dtype: torch.dtype = torch.float64
+) -> tuple[list[Tensor], list[list[float]]]:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 3)).double()
-    x, y = torch.randn(8, 5).double(), torch.randint(0, 3, (8,))
+    model = nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 3)).to(dtype)
+    x, y = torch.randn(8, 5).to(dtype), torch.randint(0, 3, (8,))
     params: list[Tensor] = list(model.parameters())
     optimizer = make(params)
     told = []
     for _ in range(7):
         optimizer.zero_grad()
-        optimizer.backward(nn.functional.cross_entropy(model(x), y))
+        z = model(x)
+        optimizer.backward(nn.functional.cross_entropy(z, y), z)
         optimizer.step()
         told.append([float(optimizer.step_info[name]) for name in FIELDS])
     state = [m for p in params for m in optimizer.state[p].values() if isinstance(m, Tensor)]
@@ -66,6 +72,74 @@ def test_blocks_take_the_general_step(name: str, monkeypatch: pytest.MonkeyPatch
     for a, b in zip(fast, general, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
     torch.testing.assert_close(torch.tensor(fast_told), torch.tensor(told), rtol=1e-6, atol=1e-10)
+
+
+NATIVE: dict[str, Callable[[list[Tensor], Compile], SecondOrder]] = {
+    "sophia": lambda p, c: SophiaH(p, lr=0.01, gamma=0.5, rho=0.5, weight_decay=0.1, interval=3, compile=c),
+    "adahessian": lambda p, c: AdaHessian(
+        p, lr=torch.tensor(0.1, dtype=torch.float64), weight_decay=0.05, compile=c
+    ),
+    "two groups": lambda p, c: SophiaH(
+        [{"params": p[:1], "lr": 0.02, "momentum": 0.5, "weight_decay": 0.3}, {"params": p[1:]}],
+        lr=0.01,
+        compile=c,
+    ),
+    "root with damping": lambda p, c: SecondOrder(
+        p,
+        lr=0.05,
+        curvature=RootDiagonal(FisherDiagonal("categorical", interval=2)),
+        trust_region=TrustRegion(region=Box(), radius=FixedRadius(0.3, damping=0.2)),
+        momentum=RunningMean(0.8),
+        compile=c,
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", NATIVE)
+def test_a_native_pass_takes_the_general_step(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native_diagonal, "CHUNK", 7)  # more than one chunk a tensor, the last one shorter
+    taken: list[int] = []
+    step_ = NativeDiagonal.step_
+    monkeypatch.setattr(NativeDiagonal, "step_", lambda *a: taken.append(1) or step_(*a))
+    native, native_told = trained(lambda p: NATIVE[name](p, True), dtype)
+    assert len(taken) == 7
+    monkeypatch.setattr(diagonal_step, "suits", lambda *a: False)
+    general, told = trained(lambda p: NATIVE[name](p, False), dtype)
+    assert len(taken) == 7
+    close = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 3e-2}[dtype]
+    for a, b in zip(native, general, strict=True):
+        torch.testing.assert_close(a, b, rtol=close, atol=close)
+    torch.testing.assert_close(
+        torch.tensor(native_told), torch.tensor(told), rtol=max(10 * close, 1e-6), atol=close
+    )
+
+
+def test_a_native_pass_leaves_a_step_that_is_not_finite_alone_and_is_seen_by_autograd() -> None:
+    w = nn.Parameter(torch.tensor([2.0, -1.0]))
+    optimizer = SophiaH([w], lr=0.1, compile=True)
+    optimizer.backward(w.square().sum())
+    optimizer.step()
+    before, version = w.detach().clone(), w._version
+    assert version > 0
+    optimizer.backward(w.square().sum())
+    w.grad = torch.tensor([1.0, float("nan")])
+    optimizer.step()
+    assert torch.equal(w.detach(), before)
+    assert float(optimizer.step_info["skipped_steps"]) == 1.0
+
+
+def test_what_has_no_native_pass_is_refused() -> None:
+    w = nn.Parameter(torch.ones(2))
+    raw = TrustRegion(region=Box(), radius=FixedRadius(1.0))
+    with pytest.raises(ValueError, match="compile=True takes"):
+        SecondOrder([w], curvature=HutchinsonDiagonal(), trust_region=raw, momentum=0.9, compile=True)
+    with pytest.raises(ValueError, match="compile=True takes"):
+        AdaHessian([w], hessian_power=0.5, compile=True)
+    with pytest.raises(ValueError, match="on a CPU"):
+        SophiaH([torch.zeros(2, device="meta", requires_grad=True)], compile=True)
 
 
 def test_curvature_that_may_be_negative_is_left_to_the_general_path() -> None:
