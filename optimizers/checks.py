@@ -63,7 +63,7 @@ FLAGS: dict[str, tuple[bool, str]] = {
     ),
     "capturable": (
         True,
-        "the host reads whether the gradient is finite, and a CUDA graph cannot; use compile=True, which reads nothing",
+        "a CUDA graph records the step of all groups; use capturable=True for the whole optimizer",
     ),
     "differentiable": (
         True,

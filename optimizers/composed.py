@@ -16,6 +16,7 @@ from curvature.protocols import CACHE, TRANSIENT, CurvatureEstimator, Needs, Sta
 from curvature.registry import nearest
 from optimizers import checkpoint, core, state_layout
 from optimizers.checks import FLAGS, check_flags, check_group
+from optimizers.compiled.captured_path import check_capturable
 from optimizers.distributed import ALONE, Ranks, check_shardable, find_ranks
 from optimizers.momentum import Momentum, RunningMean
 from optimizers.pending import Pending
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-NARROWING = ("state_dtype", "rounding_seed")
+LATER = ("state_dtype", "rounding_seed", "capturable")
+"""Options that copies by an older version lack."""
 
 
 def _options(kind: type[Composed]) -> list[str]:
@@ -61,6 +63,7 @@ class Composed(torch.optim.Optimizer):
         process_group: ProcessGroup | Literal["auto"] | None = "auto",
         state_dtype: torch.dtype | None = None,
         rounding_seed: int = 0,
+        capturable: bool | None = False,
         **flags: Any,
     ) -> None:
         unknown = sorted(flags.keys() - FLAGS.keys())
@@ -72,6 +75,7 @@ class Composed(torch.optim.Optimizer):
         self.trust_region = TrustRegion() if trust_region is None else trust_region
         self.momentum: Momentum = RunningMean(momentum) if isinstance(momentum, (int, float)) else momentum
         check_compile(compile, self._composition())
+        self.capturable = check_capturable(capturable, self._composition())
         check_state_dtype(state_dtype, self._composition())
         self.state_dtype, self.rounding_seed = state_dtype, int(rounding_seed)
         self.compile = compile
@@ -99,7 +103,7 @@ class Composed(torch.optim.Optimizer):
         self._warned_no_loss = False
         self._info = StepInfo()
         self._recorded: Callable[[], StepInfo] | None = None
-        self._paths = StepPaths(self._composition(), self.compile)
+        self._paths = StepPaths(self._composition(), self.compile, self.capturable)
 
     @property
     def step_info(self) -> StepInfo:
@@ -195,7 +199,7 @@ class Composed(torch.optim.Optimizer):
             return
         self._curvature_state, self._region_state = {}, {}
         self._recorded = None
-        self._paths = StepPaths(self._composition(), self.compile)
+        self._paths = StepPaths(self._composition(), self.compile, self.capturable)
         self._create_state(0)
 
     @property
@@ -218,7 +222,7 @@ class Composed(torch.optim.Optimizer):
         """The three choices travel with the state, so that deepcopy and pickle keep them."""
         self._settle()
         held: dict[str, Any] = super().__getstate__()
-        for name in ("curvature", "trust_region", "momentum", "compile", "needs", "_built_for", *NARROWING):
+        for name in ("curvature", "trust_region", "momentum", "compile", "needs", "_built_for", *LATER):
             held[name] = getattr(self, name)
         # A process group belongs to its process; the copy finds its own.
         held["process_group"] = self.process_group if self.process_group in ("auto", None) else "auto"
@@ -240,6 +244,7 @@ class Composed(torch.optim.Optimizer):
         self.__dict__.setdefault("process_group", "auto")
         self.__dict__.setdefault("state_dtype", None)
         self.__dict__.setdefault("rounding_seed", 0)
+        self.__dict__.setdefault("capturable", False)
         self._set_transients()
         self.__dict__.setdefault("_built_for", [(p.dtype, p.device) for p in self._params])
         attach = getattr(self.curvature, "attach", None)

@@ -18,6 +18,7 @@ from curvature.protocols import TRANSIENT, Needs, Observation, State
 from optimizers import core, state_layout, step_info, trial
 from optimizers.autocast import Autocast
 from optimizers.checks import check_unmoved, signal_names
+from optimizers.compiled.captured_path import refuse_capture
 from optimizers.distributed import Ranks, find_ranks
 from optimizers.observing import Observing
 from optimizers.rounding import key_of, put_back, widened
@@ -51,8 +52,11 @@ class SecondOrder(Observing):
             bytes, rounded up or down at random (``optimizers/rounding.py``), where only gradients are needed; ``None``
             keeps float32 or wider.
         rounding_seed: of that rounding; every optimizer has its own.
-        **flags: ``foreach``, ``fused``, ``capturable``, ``differentiable``, for scripts that pass them everywhere: what
-            asks for the step's own way is taken, what asks for another is refused.
+        capturable: take steps in which the host decides, reads and sends nothing, so that ``torch.cuda.graph`` can
+            record them; for compositions whose signals are gradients, without host counters (another is refused with
+            the reason).
+        **flags: ``foreach``, ``fused``, ``differentiable``, for scripts that pass them everywhere: what asks for the
+            step's own way is taken, what asks for another is refused.
 
     Raises:
         ValueError: for arguments out of range, parts that do not fit together, or a flag that asks for another step.
@@ -91,6 +95,8 @@ class SecondOrder(Observing):
         self._start_again_if_cleared()
         held = self._held()
         params = held.shards
+        if not self.capturable:
+            refuse_capture(params[0].device)
         check_unmoved(held.params, self._built_for)
         scale = GradScale.of(self)
         scale.check(self.needs, self._pending, closure, loss)

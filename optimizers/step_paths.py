@@ -2,6 +2,7 @@
 
 From the narrowest to the widest:
 
+- *capturable*, where a CUDA graph may record the step (:mod:`optimizers.compiled.captured_path`), for that alone;
 - *compiled*, where every tensor has a gradient (:mod:`optimizers.compiled`): two kernels for one formula an element,
   a graph over all tensors for any other composition whose signals are gradients;
 - *blocked*: likewise, one formula an element on a CPU, block by block (``blocked.py``);
@@ -26,6 +27,7 @@ from curvature.protocols import CurvatureOperator, State
 from curvature.rotated_diagonal import RotatedDiagonalOperator
 from optimizers import blocked, diagonal_step, elementwise, rotated_step
 from optimizers.compiled import graph
+from optimizers.compiled.captured_path import CapturedPath
 from optimizers.compiled.elementwise_path import ElementwisePath, has_passes, passes_for
 from optimizers.compiled.graph_path import GraphPath
 from optimizers.compiled.host_path import HostRecord
@@ -142,11 +144,13 @@ class StepPaths:
     Args:
         composition: what the steps are of.
         compiles: when they are compiled.
+        capturable: whether a CUDA graph may record them.
     """
 
-    def __init__(self, composition: Composition, compiles: Compile) -> None:
+    def __init__(self, composition: Composition, compiles: Compile, capturable: bool = False) -> None:
         self.composition = composition
         self.compiles = compiles
+        self.capturable = capturable
         self._path: ElementwisePath | None = None
         self._graph: GraphPath | None = None
         self._refused = False
@@ -233,6 +237,10 @@ class StepPaths:
     def _path_for(self, held: Held) -> ElementwisePath | GraphPath | None:
         """What these steps are taken by, built once: passes for these tensors, compiled or not; the graph for any."""
         compiles = self.wants_compiled(held) and not self._refused
+        if self.capturable:
+            if self._graph is None:
+                self._graph = CapturedPath(self.composition, held.seed, compiles)
+            return self._graph
         if self._path is not None and not any(g["momentum"] == 0.0 for g in held.groups):
             return self._path
         if find_ranks(held.params, None).shards is not None:

@@ -1,9 +1,9 @@
 """Steps that a CUDA graph can record and play again: tensors alone, at addresses that stay.
 
-A replay runs kernels and no Python. So nothing in such a step may be decided, counted or sent by the host: it is the free
-function of :mod:`optimizers.compiled.graph`, which the compiler traces in other steps, and numbers of the host are kept in
-tensors of the device that were filled before. A number that is to change between replays must be a tensor itself (a learning
-rate is, if it is given as one).
+A replay runs kernels and no Python. So nothing in such a step may be decided, counted or sent by the host: it is the
+free function of :mod:`optimizers.compiled.graph`, which the compiler traces in other steps, and numbers of the host are
+kept in tensors of the device that were filled before. A number that is to change between replays must be a tensor
+itself (a learning rate is, if it is given as one).
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ from optimizers.step_info import StepInfo
 if TYPE_CHECKING:
     from optimizers.step_paths import Held
 
-REMEDY = (
-    "capture the forward and the backward pass alone and call step() after every replay, or leave capturable out"
-)
+REMEDY = "capture the forward and the backward pass alone and call step() after every replay, or leave capturable out"
 
 
 def why_not(composition: Composition) -> str | None:
@@ -44,7 +42,7 @@ def check_capturable(capturable: object, composition: Composition) -> bool:
     Raises:
         ValueError: for what is none, and for ``True`` beside a composition that the host takes part in.
     """
-    if capturable not in (True, False, None):
+    if capturable is not None and not isinstance(capturable, bool):
         raise ValueError(f"capturable must be a bool or None, got {capturable!r}")
     reason = why_not(composition) if capturable else None
     if reason is not None:
@@ -65,7 +63,8 @@ def refuse_capture(device: torch.device) -> None:
     """
     if is_capturing(device):
         raise RuntimeError(
-            "a CUDA graph records step(), and this optimizer was built without capturable=True: give that, or " + REMEDY
+            "a CUDA graph records step(), and this optimizer was built without capturable=True: give that, or "
+            + REMEDY
         )
 
 
@@ -77,8 +76,8 @@ class CapturedPath(GraphPath):
         seed: of the rounding of state in bfloat16.
         compiles: whether the function is compiled, or runs as it stands.
 
-    Cost: as it stands every intermediate vector is written, and the state is copied before it changes: some ten times the
-    parameters in memory, in the pool of the graph; compiled, two to three times.
+    Cost: as it stands every intermediate vector is written, and the state is copied before it changes: several times
+    the parameters in memory, in the pool of the graph; compiled, about twice.
     """
 
     def __init__(self, composition: Composition, seed: int, compiles: bool) -> None:
@@ -97,8 +96,8 @@ class CapturedPath(GraphPath):
             return False
         if not super().takes(held, gradient):
             raise RuntimeError(
-                "capturable=True takes steps in which every parameter has a dense gradient of its own dtype and device, all "
-                "on one: give the optimizer the parameters that the loss reaches"
+                "capturable=True takes steps in which every parameter has a dense gradient of its own dtype, all on "
+                "one device: give the optimizer the parameters that the loss reaches"
             )
         return True
 
@@ -132,8 +131,8 @@ class CapturedPath(GraphPath):
         if known is None or known[0] != host or known[1].device != like.device:
             if is_capturing(like.device):
                 raise RuntimeError(
-                    "a number of the host was not known before the capture began: take a step first, on the stream that is "
-                    "captured, and give a learning rate that changes as a tensor"
+                    "a number of the host was not known before the capture began: take a step first, on another "
+                    "stream, and give a learning rate that changes as a tensor"
                 )
             sent = torch.tensor(host, dtype=like.dtype, device=like.device)
             if known is not None and known[1].device == like.device:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 BACKEND = "inductor"
 """What compiles the graph."""
 
+GroupNumbers = tuple[Tensor, Tensor, Tensor | None, bool]
+"""η, β, λ (``None`` for 0), 0-d each, and whether the loss is climbed, of one group."""
+
 
 class GraphPath:
     """Takes the ordinary steps of one optimizer by one graph over all of its tensors.
@@ -90,7 +93,7 @@ class GraphPath:
             counts,
             curvature_state,
             region_state,
-            [_numbers(group, held.skipped) for group in held.groups],
+            [self.numbers(i, group, held.skipped) for i, group in enumerate(held.groups)],
             [i for i, group in enumerate(held.groups) for _ in group["params"]],
             loss if loss is None else loss.detach(),
             None if scale.scale is None else scale.scale.reciprocal().to(device),
@@ -107,16 +110,15 @@ class GraphPath:
         held.skipped.copy_(record["skipped_steps"])
         return StepInfo(**record)
 
-
-def _numbers(group: Mapping[str, Any], like: Tensor) -> tuple[Tensor, Tensor, Tensor | None, bool]:
-    """η, β, λ (``None`` for 0) and whether the loss is climbed, of one group."""
-    decay = group["weight_decay"]
-    host = [0.0 if isinstance(group["lr"], Tensor) else group["lr"], group["momentum"], decay]
-    numbers = torch.tensor(host, dtype=like.dtype)
-    lr, beta, weight_decay = _sent(numbers, like.device).unbind()
-    if isinstance(group["lr"], Tensor):
-        lr = group["lr"].detach().to(like).reshape(())
-    return lr, beta, None if decay == 0.0 else weight_decay, bool(group["maximize"])
+    def numbers(self, index: int, group: Mapping[str, Any], like: Tensor) -> GroupNumbers:
+        """The numbers of the group of that index, as tensors on the device of ``like``."""
+        decay = group["weight_decay"]
+        host = [0.0 if isinstance(group["lr"], Tensor) else group["lr"], group["momentum"], decay]
+        numbers = torch.tensor(host, dtype=like.dtype)
+        lr, beta, weight_decay = _sent(numbers, like.device).unbind()
+        if isinstance(group["lr"], Tensor):
+            lr = group["lr"].detach().to(like).reshape(())
+        return lr, beta, None if decay == 0.0 else weight_decay, bool(group["maximize"])
 
 
 def _sent(x: Tensor, device: torch.device) -> Tensor:

@@ -3,7 +3,8 @@
 Run: ``python -m tests.benchmarks.steps --json docs/results/step_cost/cpu.json``. Repetitions of all contenders are
 interleaved, so that a change of the machine's load meets all alike; medians, with the quartiles of the ratio, and
 the ratio of the least times, which other work on the machine disturbs less.
-On an accelerator times are its own events, and the time of copying 28 bytes a parameter stands beside them.
+On an accelerator times are its own events, and the time of copying 28 bytes a parameter stands beside them; on CUDA
+steps that a graph replays are contenders too.
 """
 
 from __future__ import annotations
@@ -104,6 +105,20 @@ def keeping_gradients(params: list[nn.Parameter], optimizer: torch.optim.Optimiz
     return Contender(optimizer.step, before)
 
 
+def replayed(step: Step) -> Contender:
+    """A step as a CUDA graph replays it, after the steps that a capture asks for on another stream."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return Contender(graph.replay)
+
+
 def contenders(
     shapes: list[tuple[int, ...]], device: torch.device, names: list[str]
 ) -> Iterator[tuple[str, Contender]]:
@@ -138,6 +153,18 @@ def contenders(
         "AdamW composed, compiled": lambda: with_loss(AdamW(own(), lr=1e-4, compile=True)),
         "AdamW composed, eager": lambda: with_loss(AdamW(own(), lr=1e-4, compile=False)),
     }
+    if device.type == "cuda":
+
+        def captured(optimizer: Any) -> Contender:
+            return replayed(lambda: optimizer.step(loss=loss))
+
+        made |= {
+            "torch AdamW fused, replayed": lambda: replayed(
+                torch.optim.AdamW(own(), lr=1e-4, fused=True, capturable=True).step
+            ),
+            "SOAA, replayed": lambda: captured(SOAA(own(), lr=1e-4, total_steps=1000, capturable=True)),
+            "AdamW composed, replayed": lambda: captured(AdamW(own(), lr=1e-4, capturable=True)),
+        }
     if importlib.util.find_spec("heavyball") is not None:
         heavyball = importlib.import_module("heavyball")
 

@@ -16,6 +16,7 @@ from torch.testing._internal.common_device_type import instantiate_device_type_t
 from torch.testing._internal.common_optimizers import OptimizerInfo, optims
 from torch.testing._internal.common_utils import TestCase
 
+from optimizers.compiled.captured_path import why_not
 from tests.optimizers.conformance.infos import (
     DB,
     GRADIENT_ONLY,
@@ -90,12 +91,16 @@ class TestOptimInterface(TestCase):
         for value in (0, 1):
             model = Affine(dtype, device=device)
             optimizer = optim_info.optim_cls(model, **{flag: (None, own)[value] for flag, own, _ in FLAGS})
+            self.assertFalse(optimizer.capturable)
             self.assertEqual(set(optimizer.defaults), set(reference.defaults))
             steps(model, optimizer, 2)
             self.assertEqual(numbers(model), numbers(plain), rtol=0, atol=0)
         for flag, _, other in FLAGS:
-            with self.assertRaisesRegex(ValueError, f"^{flag}={other} is not supported: .* (leave|use) "):
-                optim_info.optim_cls(Affine(device=device), **{flag: other})
+            if flag == "capturable" and why_not(reference._composition()) is None:
+                self.assertTrue(optim_info.optim_cls(Affine(device=device), capturable=True).capturable)
+            else:
+                with self.assertRaisesRegex(ValueError, f"^{flag}={other} is not supported: .* (leave|use) "):
+                    optim_info.optim_cls(Affine(device=device), **{flag: other})
             with self.assertRaisesRegex(ValueError, f"^{flag} must be a bool or None, got 'yes'"):
                 optim_info.optim_cls(Affine(device=device), **{flag: "yes"})
 
