@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 import optimizers
 from curvature import EmpiricalFisherDiagonal, RootDiagonal
-from optimizers import LAMB, LARS, SOAA, AdamWReplay, Muon, SecondOrder, SophiaG, Tadam
+from optimizers import LAMB, LARS, SOAA, AdamWReplay, Muon, SecondOrder, Tadam
 from optimizers.compiled import graph_path
 from trust_region import Box, CauchyPoint, FixedRadius, KLBall, L2Ball, SteihaugCG, TrustRegion
 
@@ -266,7 +266,10 @@ def test_the_graph_is_not_touched_by_schedules_of_the_weight_decay(monkeypatch: 
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda p: SophiaG(p, compile=True), "FlooredDiagonal needs the loss's graph"),
+        (
+            lambda p: optimizers.AdaHessian(p, hessian_power=0.5, compile=True),
+            "AdaHessianDiagonal needs the loss's graph",
+        ),
         (
             lambda p: SecondOrder(
                 p,
