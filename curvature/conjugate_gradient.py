@@ -194,7 +194,7 @@ def conjugate_gradient(
 def in_range(length: Tensor) -> bool:
     """Whether products of four numbers of this size are neither infinite nor without digits."""
     limits = torch.finfo(length.dtype)
-    return bool(limits.tiny**0.25 < float(length) < limits.max**0.25)
+    return bool(limits.tiny**0.25 < float(length.detach()) < limits.max**0.25)
 
 
 def check_shapes(v: Sequence[Tensor], b: Sequence[Tensor], what: str) -> None:

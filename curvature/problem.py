@@ -42,9 +42,9 @@ class Problem:
             (unmasked tokens, Σ class weights); needed for several batches where the loss does not tell.
 
     Raises:
-        ValueError: for no batches, an empty batch, a frozen model, complex parameters, shares that cannot be
-            known, or several batches through a model that mixes their samples (a batch norm in training mode, say),
-            which no split of a batch equals.
+        ValueError: for no batches, an empty batch, a buffer that is yielded again and again, a frozen model, complex
+            parameters, shares that cannot be known, or several batches through a model that mixes their samples (a
+            batch norm in training mode, say), which no split of a batch equals.
     """
 
     def __init__(
@@ -56,7 +56,17 @@ class Problem:
     ) -> None:
         self.model = model
         self.loss_fn = loss_fn
-        self.batches: list[tuple[Any, Any]] = [checked_batch(b, i) for i, b in enumerate(batches)]
+        self.batches: list[tuple[Any, Any]] = []
+        read: list[list[int]] = []
+        for i, b in enumerate(batches):
+            self.batches.append(checked_batch(b, i))
+            read.append(versions(self.batches[-1]))
+        for i, (batch, before) in enumerate(zip(self.batches, read, strict=True)):
+            if versions(batch) != before:
+                raise ValueError(
+                    f"batch {i} was written to while later ones were read, and all of them are kept: yield new tensors "
+                    "(clone the buffer that is filled anew)"
+                )
         if not self.batches:
             raise ValueError(
                 "batches must yield at least one (inputs, target), got none: is the iterator used up?"
@@ -111,6 +121,11 @@ class Problem:
         """(ω_b, graph of f_b) for every batch of positive weight, each released before the next is built."""
         for evaluation in self.evaluations():
             yield evaluation.share, evaluation.graph
+
+
+def versions(batch: Any) -> list[int]:
+    """How often the tensors of a batch were written to; one made in inference mode does not count."""
+    return [x._version for x in measured_weights.leaves(batch) if not x.is_inference()]
 
 
 def checked_batch(batch: Any, index: int) -> tuple[Any, Any]:

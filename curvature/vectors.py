@@ -164,12 +164,14 @@ def _norm_of_norms(v: Vector) -> Tensor:
 def _squares_are_safe(length: Tensor) -> bool:
     """Whether squares of elements that matter to a norm of this size are neither infinite nor without digits."""
     limits = torch.finfo(length.dtype)
-    return bool((limits.tiny / limits.eps) ** 0.5 < float(length) < float("inf"))
+    return bool((limits.tiny / limits.eps) ** 0.5 < float(length.detach()) < float("inf"))
 
 
 def _scaled_norm(v: Vector, plain: Tensor) -> Tensor:
     """The norm by way of the largest element; ``plain`` where that is 0, infinite or NaN."""
-    largest = max((float(torch.linalg.vector_norm(x, float("inf"))) for x in v if x.numel()), default=0.0)
+    largest = max(
+        (float(torch.linalg.vector_norm(x.detach(), float("inf"))) for x in v if x.numel()), default=0.0
+    )
     if not 0.0 < largest < float("inf"):
         return plain
     return _norm_of_norms([x / largest for x in v]) * largest

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from curvature.custom_functions import doubtful_nodes
 from curvature.frame import Frame
 from curvature.loss_graph import LossGraph
-from curvature.problem import Problem
+from curvature.problem import Problem, versions
 
 Outputs = Any
 T = TypeVar("T")
@@ -29,8 +29,9 @@ T = TypeVar("T")
 class Snapshot:
     """f_b(θ') for any θ', with everything but θ' as it was when this object was built.
 
-    Trainable parameters and buffers are copied. Frozen parameters are not (they may be most of a model); if one has
-    moved, a later evaluation raises. Modes (``train``/``eval``) are put back for the time of a call.
+    Trainable parameters and buffers are copied. Frozen parameters and batches are not (they may be most of the
+    memory); if one was written to since, a later evaluation raises. Modes (``train``/``eval``) are put back for the
+    time of a call.
 
     Args:
         problem: model, loss and batches.
@@ -70,11 +71,14 @@ class Snapshot:
             (n, p, p._version) for n, p in problem.model.named_parameters() if not p.requires_grad
         ]
         self._cached: LossGraph | None = None
+        self._versions: dict[int, list[int]] = {}
+        self._evaluated: list[tuple[Any, Any]] = []
         graph_bytes = self._check()
         if reuse_graph == "auto":
             # The graph of the gradient holds about as much again as that of the loss.
             reuse_graph = 2 * graph_bytes <= sum(p.numel() * p.element_size() for p in self.params)
         self.reuses_graph = reuse_graph and len(self.batches) == 1
+        self._versions = {id(batch): versions(batch) for batch in self.batches}
 
     def leaves(self) -> list[Tensor]:
         """Fresh leaves that hold θ and require grad; they share the copy's memory."""
@@ -97,6 +101,8 @@ class Snapshot:
             batch: ``(inputs, target)``.
             between: called with the outputs before the loss is computed.
         """
+        self._check_unchanged(batch)
+        self._evaluated.append(batch)
         inputs, target = batch
         outputs = self.problem.model(inputs)
         if between is not None:
@@ -105,6 +111,7 @@ class Snapshot:
 
     def on_graph(self, batch: tuple[Any, Any], run: Callable[[LossGraph], T]) -> T:
         """``run(graph of f_b at θ)``; the graph is kept for the next call where :attr:`reuses_graph`."""
+        self._check_unchanged(batch)
         graph = self._cached
         if graph is None:
             leaves = self.leaves()
@@ -113,6 +120,12 @@ class Snapshot:
             if self.reuses_graph:
                 self._cached = graph
         return self.within(graph.params, lambda: run(graph))
+
+    def _check_unchanged(self, batch: tuple[Any, Any]) -> None:
+        if self._versions.get(id(batch), versions(batch)) != versions(batch):
+            raise RuntimeError(
+                "a batch was written to since the curvature was observed: estimate it again, or give it a copy (clone)"
+            )
 
     def weighted(self) -> Iterator[tuple[float | Tensor, tuple[Any, Any]]]:
         """(ω_b, batch) for every batch."""
@@ -161,6 +174,11 @@ class Snapshot:
             finally:
                 for m, training in changed:
                     m.training = training
+                for (
+                    batch
+                ) in self._evaluated:  # a model may work in place on its input, here and in a checkpoint
+                    self._versions[id(batch)] = versions(batch)
+                self._evaluated.clear()
 
     def _check(self) -> int:
         """Refuse what would give another matrix without a word; how many bytes the graph of the loss holds."""

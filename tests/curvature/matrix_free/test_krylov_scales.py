@@ -28,6 +28,13 @@ def test_norm_neither_overflows_nor_underflows(scale: float) -> None:
     torch.testing.assert_close(vectors.norm(v).double(), exact, rtol=1e-4, atol=0)
 
 
+def test_norm_of_parameters_has_a_gradient_and_warns_of_nothing(recwarn: pytest.WarningsRecorder) -> None:
+    p = torch.full((2,), 3e-30, requires_grad=True)
+    vectors.norm([p, torch.full((2,), 4e-30)]).backward()
+    torch.testing.assert_close(p.grad, torch.full((2,), 0.6 / 2**0.5))
+    assert not recwarn.list
+
+
 def test_norm_of_nothing_of_zeros_and_of_what_is_not_finite() -> None:
     assert vectors.norm([torch.zeros(0)]) == 0
     assert vectors.norm([torch.zeros(3), torch.zeros(2)]) == 0

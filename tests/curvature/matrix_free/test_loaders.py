@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import scipy.sparse.linalg
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from curvature import (
+    KFAC,
     EmpiricalFisher,
     Fisher,
     GaussNewton,
     Hessian,
+    HutchinsonDiagonal,
     Outcome,
     conjugate_gradient,
     estimate,
@@ -94,3 +98,62 @@ def test_conjugate_gradients_over_a_loader_report_what_they_reached() -> None:
     assert stopped.iterations == 2
     residual = dense.flat(b) - B @ dense.flat(stopped.solution) - 0.1 * dense.flat(stopped.solution)
     torch.testing.assert_close(stopped.residual_norm, residual.norm(), rtol=1e-9, atol=1e-12)
+
+
+def refilled(x: torch.Tensor, y: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches in one buffer that is filled anew."""
+    inputs, target = torch.empty_like(x[:size]), torch.empty_like(y[:size])
+    for start in range(0, len(x) - size + 1, size):
+        inputs.copy_(x[start : start + size])
+        target.copy_(y[start : start + size])
+        yield inputs, target
+
+
+@pytest.mark.parametrize("estimator", [GaussNewton(), HutchinsonDiagonal(), KFAC])
+def test_a_buffer_that_is_filled_anew_is_refused_and_its_copies_are_exact(estimator: Any) -> None:
+    model, loss_fn, x, y = cases.classification()
+    estimator = estimator(model) if estimator is KFAC else estimator
+    with pytest.raises(ValueError, match="batch 0 was written to while later ones were read"):
+        estimate(estimator, model, loss_fn, refilled(x, y, 2))
+    copies = [(a.clone(), b.clone()) for a, b in refilled(x, y, 2)]
+    n = 2 * len(copies)
+    found = estimate(estimator, model, loss_fn, copies).to_dense()
+    assert (
+        dense.relative_error(found, estimate(estimator, model, loss_fn, [(x[:n], y[:n])]).to_dense()) < 1e-9
+    )
+    assert (
+        estimate(estimator, model, loss_fn, [copies[0]] * 2).to_dense().isfinite().all()
+    )  # twice the same is no fault
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        GaussNewton(),
+        Hessian(),
+        Hessian(hvp="forward"),
+        Hessian(hvp="finite-difference"),
+        Fisher("categorical"),
+    ],
+)
+def test_a_batch_that_is_written_to_later_is_noticed(estimator: Any, count: int) -> None:
+    model, loss_fn, x, y = cases.classification()
+    batches = [(x.clone(), y)] * count
+    operator = estimate(estimator, model, loss_fn, batches)
+    v = dense.trainable(model)
+    before = operator.matvec(v)
+    for a, b in zip(before, operator.matvec(v), strict=True):
+        assert torch.equal(a, b)
+    batches[0][0].mul_(2.0)
+    with pytest.raises(RuntimeError, match="a batch was written to since the curvature was observed"):
+        operator.matvec(v)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_model_may_work_in_place_on_its_input(count: int) -> None:
+    model, loss_fn, x, y = cases.classification()
+    inner = nn.Sequential(nn.ReLU(inplace=True), model)
+    batches = [(x[i::count].clone(), y[i::count]) for i in range(count)]
+    expected = estimate(Hessian(), model, loss_fn, [(x.relu(), y)]).to_dense()
+    assert dense.relative_error(estimate(Hessian(), inner, loss_fn, batches).to_dense(), expected) < 1e-9
