@@ -59,6 +59,10 @@ def checked(
         loaded, expected = dict(saved.get(i, {})), dict(optimizer.state[p])
         if "momentum" in loaded and "momentum" not in expected:
             expected["momentum"] = stored(p, vectors.zeros_like([local(p)])[0])
+        for name, fresh in (("solved_mean", vectors.zeros_like([local(p)])[0]), ("solved_damping", 0.0)):
+            expected.pop(name, None)  # there while a gradient comes in rows, and nowhere else
+            if name in loaded:
+                expected[name] = fresh
         for name in LATER_ENTRIES:
             if name in expected:
                 loaded.setdefault(name, expected[name])

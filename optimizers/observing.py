@@ -10,6 +10,7 @@ from torch import Tensor
 
 from curvature.loss_graph import LossGraph, check_loss
 from curvature.protocols import TRANSIENT, Needs
+from optimizers import row_solves
 from optimizers.autocast import Autocast
 from optimizers.composed import Composed
 from optimizers.distributed import find_ranks
@@ -58,8 +59,17 @@ class Observing(Composed):
         if formed is not None:
             accumulate_(self._params, formed)
             return
+        watch = self._watch(loss, outputs) if scaler is None else None
         scaled = loss if scaler is None else scaler.scale(loss)
-        scaled.backward(retain_graph=retain_graph or keeps)
+        with nullcontext() if watch is None else watch:
+            scaled.backward(retain_graph=retain_graph or keeps)
+        self._pending.rows = {} if watch is None else watch.found(self._params)
+
+    def _watch(self, loss: Tensor, outputs: Any) -> Any:
+        """What the curvature wants to see of the backward pass that follows, or ``None``."""
+        watch = getattr(self.curvature, "watch", None)
+        wanted = watch is not None and row_solves.suits(self.momentum) and self._pending.backwards == 1
+        return watch(loss, outputs, self._params) if watch is not None and wanted else None
 
     def observe(self, loss: Tensor, outputs: Any = None) -> None:
         """What :meth:`backward` does beside the gradient: for every further optimizer over the same loss.

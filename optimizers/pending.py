@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from curvature.estimate import add_statistics
+from curvature.kronecker.gradient_rows import GradientRows
 from curvature.loss_graph import LossGraph
 from curvature.protocols import Statistics
 
@@ -23,6 +24,7 @@ class Pending:
         measured: how many of them the estimator measured.
         gradient: that of the last of them, where measuring formed it; ``None`` for a parameter that it does not reach.
         diverged: whether one of them had a loss that is not finite, which an estimator of outputs does not measure.
+        rows: the gradients of some blocks as products of rows, where one backward call formed them.
         knows_scale: whether the last backward call was given the GradScaler, so that its loss is not scaled.
     """
 
@@ -33,6 +35,7 @@ class Pending:
     measured: int = 0
     gradient: list[Tensor | None] | None = None
     diverged: bool = False
+    rows: dict[int, GradientRows] = field(default_factory=dict)
     knows_scale: bool = False
 
     def add_loss(self, loss: Tensor) -> None:
@@ -62,4 +65,5 @@ class Pending:
         self.measured = 0
         self.gradient = None
         self.diverged = False
+        self.rows = {}
         self.knows_scale = False

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from curvature import vectors
 from curvature.protocols import TRANSIENT, Needs, Observation, State
-from optimizers import core, state_layout, step_info, trial
+from optimizers import core, row_solves, state_layout, step_info, trial
 from optimizers.autocast import Autocast
 from optimizers.checks import check_unmoved, signal_names
 from optimizers.compiled.captured_path import refuse_capture
@@ -207,7 +207,9 @@ class SecondOrder(Observing):
             betas,
             params,
         )
+        operator = row_solves.prepared(operator, self.momentum, held, gradient, averaged, self._pending.rows)
         proposal = core.propose(composition, operator, seen, held.region_state, averaged, lr)
+        row_solves.keep(operator, held)
         actual: Tensor | None = None
         verdict: Verdict | None
         if self.needs.trial and self.trust_region.tries(self._region_state):

@@ -19,6 +19,7 @@ from curvature.estimate import from_statistics
 from curvature.kronecker import fallback, learning, measurement, sample_rows
 from curvature.kronecker.factors import Sharing, sample_count
 from curvature.kronecker.fisher import FISHER_KINDS, FisherKind, columns
+from curvature.kronecker.gradient_rows import Proven
 from curvature.kronecker.layout import Block, Layout, build_layout
 from curvature.kronecker.learning import held
 from curvature.kronecker.moments import Held
@@ -53,6 +54,7 @@ class _Live:
     proofs: Proofs = field(default_factory=Proofs)
     spare: Spare = field(default_factory=Spare)
     first: FirstInputs | None = None
+    rows: Proven = field(default_factory=Proven)
 
 
 @dataclass
@@ -386,7 +388,11 @@ class KroneckerEstimator(Estimator):
         if state.pop(TRANSIENT, None) is not None:
             state["draws"] = cast(int, state["draws"]) + self.samples
         if self._live.recorder is not None:
-            self._live.recorder.enabled = self.due(state)
+            self._live.recorder.enabled = self.due(state) or self._watches(layout)
+
+    def _watches(self, layout: Layout) -> bool:
+        """Whether layers are recorded at every step, for the rows of their gradients."""
+        return False
 
     def _take(
         self, state: State, layout: Layout, observed: dict[str, list[Tensor]], live: set[int]

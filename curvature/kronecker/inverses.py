@@ -98,11 +98,13 @@ class Inverses:
         entries: by a block's root.
         seen: the last λ that was read, with its tensor and that tensor's version: what has not changed is not read
             again, since on an accelerator a read waits.
+        refreshed: roots of the blocks whose factors in use the last update replaced.
     """
 
     place: tuple[int, int]
     entries: dict[int, Entry] = field(default_factory=dict)
     seen: tuple[Tensor, int, float] | None = None
+    refreshed: frozenset[int] = frozenset()
 
     def tensors(self) -> list[Tensor]:
         """What takes memory."""
@@ -134,6 +136,7 @@ def inverses_of(state: State) -> Inverses:
 
 def refresh_(state: State, blocks: Sequence[Block]) -> None:
     """The running means become the factors in use: new tensors, since an operator may still hold the old ones."""
+    inverses_of(state).refreshed = frozenset(block.root for block in blocks)
     for block in blocks:
         A, G = factors_of(state, block, held(state, "G_used"))
         held(state, "A_used")[block.root] = A.clone()
@@ -188,14 +191,29 @@ class FactoredKroneckerOperator(KroneckerOperator):
         """
         self.check_vector(v)
         check_damping(damping)
-        out = list(v)
         entries = self._entries(damping)
-        for block in cast("list[Factorblock]", self.blocks):
+        out = self.solve_rest(v, damping)
+        for block in self.factorblocks:
             V = gather(block.block, v).to(block.values.dtype)
             scatter(block.block, entries[block.block.root].apply(V), self.like, out)
+        return out
+
+    @property
+    def factorblocks(self) -> list[Factorblock]:
+        """The blocks by their factors."""
+        return cast("list[Factorblock]", self.blocks)
+
+    def solve_rest(self, v: Sequence[Tensor], damping: float | Tensor) -> list[Tensor]:
+        """``v`` with the parameters without a block solved for by the diagonal."""
+        out = list(v)
         if self._rest is not None:
             self._put(out, self._rest.solve([v[i] for i in self.layout.diagonal], damping))
         return out
+
+    def inverses(self, damping: float | Tensor) -> tuple[float, dict[int, Entry], frozenset[int]]:
+        """λ as a number, the inverses for it by a block's root, and the roots that the last update refreshed."""
+        entries = self._entries(damping)
+        return self._inverses.value_of(damping), entries, self._inverses.refreshed
 
     def _entries(self, damping: float | Tensor) -> dict[int, Entry]:
         """The inverses for this λ; those that are missing are formed, each by one of the ranks."""

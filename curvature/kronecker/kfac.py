@@ -9,12 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor
+
 from curvature.kronecker import inverses as formed
 from curvature.kronecker import learning, owned
 from curvature.kronecker.divided_bases import DividedBases
-from curvature.kronecker.layout import Block
+from curvature.kronecker.gradient_rows import Watch, most_rows, watch
+from curvature.kronecker.layout import Block, Layout
 from curvature.kronecker.learning import held
 from curvature.kronecker.operator import KroneckerOperator
+from curvature.loss_graph import output_tensor
 from curvature.protocols import State
 from curvature.registry import estimators
 
@@ -115,6 +119,24 @@ class KFAC(DividedBases):
             owned.refresh_(state, self._layout_of(state, None), blocks)
         else:
             super()._refresh(state, blocks)
+
+    def _watches(self, layout: Layout) -> bool:
+        return self._formed and any(most_rows(b) >= 1 for b in layout.blocks)
+
+    def watch(self, loss: Tensor, outputs: object, params: Sequence[Tensor]) -> Watch | None:
+        """The layers whose gradients ``loss.backward()`` will form of few rows; ``None`` where none is worth it.
+
+        Args:
+            loss: a scalar with a graph.
+            outputs: the model's outputs.
+            params: the parameters.
+        """
+        live = self._live
+        if live.recorder is None or live.layout is None or not self._watches(live.layout):
+            return None
+        z = output_tensor(outputs)
+        positions = z.numel() // max(z.shape[-1], 1) if z.dim() > 1 else z.numel()
+        return watch(loss, live.layout, params, live.recorder, live.rows, max(positions, 1))
 
     def operator(self, state: State) -> KroneckerOperator:
         """B from the eigenbases, or the factors, at hand."""

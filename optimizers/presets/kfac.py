@@ -88,7 +88,9 @@ class KFAC(SecondOrder):
     >>> bool(loss < 0.1)
     True
 
-    Cost: see :class:`curvature.KFAC`; with ``damping="trial"`` one forward pass a step more.
+    Cost: see :class:`curvature.KFAC`; with ``damping="trial"`` one forward pass a step more. A linear layer with fewer
+    rows a batch than about a third of its width is solved for by these rows, with the same numbers, and one buffer of
+    its size more; not where gradients are clipped, accumulated or averaged among ranks (docs/explanation/kfac).
     References: Martens & Grosse 2015, arXiv 1503.05671, sections 2, 3, 6.5; Ba, Grosse & Martens 2017 (KL clip).
     """
 
