@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from curvature import loss_weights, vectors
 from curvature.layer_io import Recorder
 from curvature.likelihood import Likelihood, check_likelihood, output_likelihood
-from curvature.loss_graph import LossGraph, refuse_other_paths
+from curvature.loss_graph import LossGraph
 from curvature.measured_weights import batch_size
 from curvature.operators import DiagonalOperator
 from curvature.per_sample import PerSample, first_sample_alone, recorder_for, refuse_coupled
@@ -132,7 +132,7 @@ class EmpiricalFisherDiagonal(Estimator):
         total: list[Tensor] | None = None
         for seen in problem.evaluations():
             if total is None:
-                refuse_other_paths(seen.graph, "the per-sample empirical Fisher")
+                _ = seen.graph.output  # which refuses a loss with a part beside it
                 refuse_per_sample(samples_mixed(problem.model, [seen.inputs]), problem.model)
             count = samples_of(seen)
             c = loss_weights.sample_weights(

@@ -8,8 +8,7 @@ Everything goes through ``torch.autograd.grad``: ``.grad`` is never written, and
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from curvature import vectors
+from curvature.beside_outputs import BesideOutputs, refuse_beside_outputs
 from curvature.custom_functions import doubtful_nodes, watched
+from curvature.outputs import check_outputs, describe, output_tensor, refuse_empty
 from curvature.probes import generator
 
 HVP_REMEDY = 'use hvp="finite-difference", or the math attention kernel'
@@ -39,15 +39,24 @@ class LossGraph:
             tensor, or a dict, tuple or dataclass in which ``output_tensor`` finds one.
         gives_gradient: the caller takes ∇f too, from ``formed``, and needs no graph after the last product, which
             may free it.
+        beside_outputs: what a loss does that reaches ``params`` by another way than ``outputs``, where these are asked
+            for: ``"refuse"`` is an error, ``"drop"`` leaves that part out of what is taken at the outputs.
     """
 
     def __init__(
-        self, loss: Tensor, params: Sequence[Tensor], outputs: Any = None, *, gives_gradient: bool = False
+        self,
+        loss: Tensor,
+        params: Sequence[Tensor],
+        outputs: Any = None,
+        *,
+        gives_gradient: bool = False,
+        beside_outputs: BesideOutputs = "refuse",
     ) -> None:
         check_loss(loss)
         self.loss = loss
         self.params = list(params)
         self.gives_gradient = gives_gradient
+        self.beside_outputs = beside_outputs
         #: Whether the last product has freed the graph.
         self.spent = False
         #: ∇f as the first product formed it, where it is wanted; ``None`` for a parameter that the loss does not reach.
@@ -61,14 +70,21 @@ class LossGraph:
 
     @property
     def output(self) -> Tensor:
-        """z: the one tensor of the model's outputs through which the loss is computed."""
+        """z: the one tensor of the model's outputs through which the loss is computed.
+
+        Raises:
+            ValueError: where no such tensor was given, or the loss reaches a parameter by another way.
+        """
         if self._output is None:
             if self.given_outputs is None:
                 raise ValueError(
                     "this curvature needs the model's outputs: call optimizer.backward(loss, outputs)"
                 )
-            self._output = output_tensor(self.given_outputs)
-            check_outputs(self._output)
+            z = output_tensor(self.given_outputs)
+            check_outputs(z)
+            if self.beside_outputs == "refuse":
+                refuse_beside_outputs(self.loss, z, self.params)
+            self._output = z
         return self._output
 
     @property
@@ -191,7 +207,8 @@ class LossGraph:
 
     def restricted(self, indices: Sequence[int]) -> LossGraph:
         """The same loss as a function of some of its parameters."""
-        return LossGraph(self.loss, [self.params[i] for i in indices], self.given_outputs)
+        some = [self.params[i] for i in indices]
+        return LossGraph(self.loss, some, self.given_outputs, beside_outputs=self.beside_outputs)
 
     def release(self) -> None:
         """Drop what holds the graph alive."""
@@ -280,46 +297,6 @@ def refuse_cut_graph(gradients: Sequence[Tensor]) -> None:
                 pending.append(following)
 
 
-def refuse_other_paths(graph: LossGraph, name: str = "Gauss-Newton") -> None:
-    """Raise where ∇f is not Jᵀ ∂f/∂z, so that curvature taken at the outputs would leave out a part of the loss.
-
-    Cost: a walk of the loss's own nodes; two backward passes only where it meets a parameter.
-    """
-    if not _passes(graph):
-        return
-    gradient, through = graph.gradient(), graph.vjp(graph.output_gradient().detach())
-    epsilon = max(torch.finfo(g.dtype).eps for g in gradient)
-    missing = vectors.norm(vectors.add(gradient, through, -1.0))
-    if bool(missing > epsilon**0.5 * vectors.norm(gradient)):
-        raise ValueError(
-            "the loss reaches the parameters by another way than the outputs (a penalty on weights, a second output), "
-            f"which {name} leaves out: give the loss without it, or use Hessian"
-        )
-
-
-def _passes(graph: LossGraph) -> bool:
-    """Whether some way from the loss to a leaf avoids z, or may be hidden in a node."""
-    z = graph.output
-    pending = [graph.loss.grad_fn]
-    visited = set(pending)
-    while pending:
-        node = pending.pop()
-        if node is None:
-            continue
-        if (
-            hasattr(node, "variable")
-            or "CheckpointFunction" in node.name()
-            or "CompiledFunction" in node.name()
-        ):
-            return True
-        for following, number in node.next_functions:
-            at_output = following is z.grad_fn and number == z.output_nr
-            if not at_output and following not in visited:
-                visited.add(following)
-                pending.append(following)
-    return False
-
-
 @contextmanager
 def explain_missing_derivative(remedy: str = HVP_REMEDY, what: str = "model") -> Iterator[None]:
     """Turn autograd's message about a missing second or forward derivative into one that names the remedy."""
@@ -364,64 +341,3 @@ def check_loss(loss: object, outputs: object = None) -> None:
         )
     if isinstance(outputs, Tensor):
         refuse_empty(outputs)
-
-
-def refuse_empty(z: Tensor) -> None:
-    """Refuse the outputs of an empty batch, whose mean loss is 0/0."""
-    if z.numel() == 0:
-        raise ValueError(
-            f"outputs hold no sample, their shape is {tuple(z.shape)}: leave the empty batch out"
-        )
-
-
-def check_outputs(z: Tensor) -> None:
-    """Refuse outputs in which no curvature can be taken."""
-    if not z.requires_grad:
-        raise ValueError("outputs must be the tensor that the loss was computed from, not detached from it")
-    if z.is_complex():
-        raise ValueError(
-            "outputs must be real, got a complex tensor: let the model return torch.view_as_real(outputs)"
-        )
-    refuse_empty(z)
-
-
-def output_tensor(outputs: Any) -> Tensor:
-    """The one tensor of the model's outputs from which the loss is computed.
-
-    A tensor is itself; of a dict, a tuple or a dataclass it is the entry named ``logits``, or else the only
-    floating-point tensor that requires grad.
-
-    >>> output_tensor({"logits": torch.zeros(2), "hidden": torch.ones(2)})
-    tensor([0., 0.])
-    """
-    if isinstance(outputs, Tensor):
-        return outputs
-    if isinstance(outputs, Mapping):
-        named = dict(outputs)
-    elif dataclasses.is_dataclass(outputs) and not isinstance(outputs, type):
-        named = {f.name: getattr(outputs, f.name) for f in dataclasses.fields(outputs)}
-    elif isinstance(outputs, Sequence):
-        named = {str(i): x for i, x in enumerate(outputs)}
-    else:
-        raise TypeError(
-            f"outputs must be a tensor, or a dict, tuple or dataclass of tensors, got {describe(outputs)}"
-        )
-    if isinstance(named.get("logits"), Tensor):
-        return named["logits"]  # type: ignore[no-any-return]
-    found = {
-        k: x for k, x in named.items() if isinstance(x, Tensor) and x.is_floating_point() and x.requires_grad
-    }
-    if len(found) != 1:
-        names = ", ".join(map(repr, found)) or "none"
-        raise ValueError(
-            f"outputs must hold one tensor from which the loss is computed (or one named 'logits'), found {names}: "
-            "pass that tensor itself"
-        )
-    return next(iter(found.values()))
-
-
-def describe(value: object) -> str:
-    """A short description of a value for messages: ``tensor of shape (2, 3)``."""
-    return (
-        f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__}"
-    )

@@ -146,7 +146,7 @@ class PerSample:
         if not self.proven:
             self._refuse_mixed_rows()
             weights, seed = self._stretched(weights, seed)
-            asked = [i for i in range(len(params)) if i not in self.evident]
+            asked = [i for i, p in enumerate(params) if p.requires_grad and i not in self.evident]
         room = Room()
         total: dict[int, Tensor] = {}
         gradients, found_at_end = self._swept(total, weights, seed, [params[i] for i in asked], room)
@@ -155,7 +155,7 @@ class PerSample:
         was_enabled, self.recorder.enabled = self.recorder.enabled, False
         try:
             for i, p in enumerate(params):
-                if i in total:
+                if i in total or not p.requires_grad:  # frozen at this moment: unused
                     continue
                 expected = reference.get(i)
                 if i in reference and expected is None:

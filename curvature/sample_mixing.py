@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from curvature.loss_graph import output_tensor
 from curvature.measured_weights import joined, leaves, tree_map
+from curvature.outputs import output_tensor
 from curvature.side_effects import own_buffers, same_random_numbers
 
 #: What was found to be apart, by model.

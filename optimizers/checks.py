@@ -43,6 +43,7 @@ OPTIONS = (
     "process_group",
     "state_dtype",
     "rounding_seed",
+    "beside_outputs",
     "foreach",
     "fused",
     "capturable",

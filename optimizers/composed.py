@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from curvature import vectors
+from curvature.beside_outputs import BesideOutputs, check_beside_outputs
 from curvature.identity import Identity
 from curvature.protocols import CACHE, TRANSIENT, CurvatureEstimator, Needs, State
 from curvature.registry import nearest
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-LATER = ("state_dtype", "rounding_seed", "capturable")
+LATER = ("state_dtype", "rounding_seed", "capturable", "beside_outputs")
 """Options that copies by an older version lack."""
 
 
@@ -64,6 +65,7 @@ class Composed(torch.optim.Optimizer):
         state_dtype: torch.dtype | None = None,
         rounding_seed: int = 0,
         capturable: bool | None = False,
+        beside_outputs: BesideOutputs = "refuse",
         **flags: Any,
     ) -> None:
         unknown = sorted(flags.keys() - FLAGS.keys())
@@ -78,6 +80,8 @@ class Composed(torch.optim.Optimizer):
         self.capturable = check_capturable(capturable, self._composition())
         check_state_dtype(state_dtype, self._composition())
         self.state_dtype, self.rounding_seed = state_dtype, int(rounding_seed)
+        check_beside_outputs(beside_outputs)
+        self.beside_outputs: BesideOutputs = beside_outputs
         self.compile = compile
         self.process_group = process_group
         self.needs: Needs = self.curvature.needs | self.trust_region.needs
@@ -245,6 +249,7 @@ class Composed(torch.optim.Optimizer):
         self.__dict__.setdefault("state_dtype", None)
         self.__dict__.setdefault("rounding_seed", 0)
         self.__dict__.setdefault("capturable", False)
+        self.__dict__.setdefault("beside_outputs", "refuse")
         self._set_transients()
         self.__dict__.setdefault("_built_for", [(p.dtype, p.device) for p in self._params])
         attach = getattr(self.curvature, "attach", None)

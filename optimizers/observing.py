@@ -44,7 +44,8 @@ class Observing(Composed):
         Args:
             loss: a scalar with a graph.
             outputs: the model's outputs from which the loss was computed; needed by Gauss-Newton and sampled-label
-                curvature (``optimizer.needs.outputs``).
+                curvature (``optimizer.needs.outputs``). All of the loss must come through them, or the optimizer be
+                told to drop what does not (``beside_outputs``).
             retain_graph: keep the graph alive, as in ``loss.backward``.
             scaler: scales the loss for the gradients; curvature and radius see the loss as it is.
         """
@@ -115,7 +116,13 @@ class Observing(Composed):
             self._pending.diverged = True
             return False
         gives_gradient = gives_gradient and may_share(loss, self._params)
-        graph = LossGraph(loss, self._params, outputs, gives_gradient=gives_gradient)
+        graph = LossGraph(
+            loss,
+            self._params,
+            outputs,
+            gives_gradient=gives_gradient,
+            beside_outputs=self.beside_outputs,
+        )
         apart = not_the_backward_pass(loss) if ranks.groups else nullcontext()
         with apart, torch.enable_grad(), ranks.dividing(), Autocast.found(self._params[0].device).set_aside():
             statistics = self.curvature.measure(self._curvature_state, graph)  # type: ignore[attr-defined]

@@ -55,6 +55,9 @@ class SecondOrder(Observing):
         capturable: take steps in which the host decides, reads and sends nothing, so that ``torch.cuda.graph`` can
             record them; for compositions whose signals are gradients, without host counters (another is refused with
             the reason).
+        beside_outputs: what curvature that is taken at the outputs does with a loss that reaches the parameters by
+            another way (a penalty on weights or activations, a second output): ``"refuse"`` is an error; ``"drop"``
+            leaves that part out of the curvature, while the gradient keeps it.
         **flags: ``foreach``, ``fused``, ``differentiable``, for scripts that pass them everywhere: what asks for the
             step's own way is taken, what asks for another is refused.
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from curvature import estimate
+from curvature import LossGraph, estimate
 from curvature.empirical_fisher import EmpiricalFisherDiagonal
 from curvature.gauss_newton_diagonal import GaussNewtonDiagonal
 from curvature.hessian_diagonal import HessianDiagonal
-from curvature.loss_graph import output_tensor
 from curvature.measured_weights import rows
+from curvature.outputs import output_tensor
 from tests.curvature import dense
 from tests.curvature.cases import LAYERS, LOSSES, Call, Case, N, reals, seeded
 
@@ -189,3 +189,18 @@ def test_a_wrong_rule_does_not_hide_behind_equal_samples_with_opposite_residuals
     losses = [loss_fn(model(x[n : n + 1]), y[n : n + 1]) for n in range(2)]
     expected = dense.empirical_fisher(losses, [0.5, 0.5], params).diagonal()
     assert dense.relative_error(found, expected) < 1e-10
+
+
+def test_a_parameter_that_is_frozen_for_now_has_no_diagonal() -> None:
+    """An optimizer holds it, and steps by what the others have."""
+    model = seeded(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
+    params, x, y = list(model.parameters()), reals(N, 3), reals(N, 2)
+    estimator = GaussNewtonDiagonal(model)
+    params[0].requires_grad_(False)
+    z = model(x)
+    loss = nn.functional.mse_loss(z, y)
+    (found,) = estimator.measure({}, LossGraph(loss, params, z)).values()
+    exact = dense.split(dense.gauss_newton(loss, z, params[1:]).diagonal(), params[1:])
+    assert not found[0].any()
+    for ours, theirs in zip(found[1:], exact, strict=True):
+        assert dense.relative_error(ours, theirs) < 1e-12

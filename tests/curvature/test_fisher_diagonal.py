@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from curvature import FisherDiagonal, LossGraph, estimate
 from curvature.likelihood import output_likelihood
-from curvature.loss_graph import output_tensor
+from curvature.outputs import output_tensor
 from tests.curvature import dense
 from tests.curvature.cases import LOSSES, Case, N, X, Y, classes, mlp, reals
 
