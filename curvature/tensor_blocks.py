@@ -20,12 +20,12 @@ class Block:
     """One block of a tensor.
 
     Args:
-        index: where it lies, a slice a dimension.
+        index: where it lies, a slice a dimension; ``(None,)`` sees a tensor of order 0 as one of order 1.
         shape: (n_1, …, n_k) of the block.
         factored: the dimensions that have a factor; the others count as the identity.
     """
 
-    index: tuple[slice, ...]
+    index: tuple[slice | None, ...]
     shape: tuple[int, ...]
     factored: tuple[int, ...]
 
@@ -36,7 +36,7 @@ def blocks_of(
     """The blocks of a tensor of ``shape``.
 
     Args:
-        shape: of the parameter; a scalar has one block without factors.
+        shape: of the parameter; one of order 0 counts as order 1 with one element.
         block_size: a longer dimension is cut into pieces of at most this; ``None`` cuts nothing.
         max_dim: a longer (piece of a) dimension has no factor; ``None`` gives every dimension one.
         smallest_order: tensors of a smaller order have no factors.
@@ -46,6 +46,8 @@ def blocks_of(
     >>> blocks_of((3, 500), block_size=None, max_dim=100, smallest_order=1)[0].factored
     (0,)
     """
+    if not shape:
+        return [Block((None,), (1,), (0,) if smallest_order <= 1 else ())]
     pieces = []
     for n in shape:
         step = n if block_size is None else min(block_size, n)

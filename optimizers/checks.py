@@ -22,10 +22,7 @@ def check_group(group: Mapping[str, Any], needs: Needs) -> None:
         raise ValueError(f"weight_decay must be >= 0, got {weight_decay}")
     if not isinstance(group["maximize"], bool):
         raise ValueError(f"maximize must be a bool, got {group['maximize']!r}")
-    if group["maximize"] and (needs.graph or needs.trial or Needs.LOSS in needs):
-        raise ValueError(
-            "maximize=True works with curvature and policies that need only gradients; negate the loss in place of it"
-        )
+    check_direction(group, needs)
     check_flags(group)
     for p in group["params"]:
         if p.is_complex():
@@ -34,6 +31,14 @@ def check_group(group: Mapping[str, Any], needs: Needs) -> None:
             raise ValueError(
                 f"parameters must be floating point, got {p.dtype}: pass only those that require grad"
             )
+
+
+def check_direction(group: Mapping[str, Any], needs: Needs) -> None:
+    """Refuse ``maximize`` where losses or their graphs are looked at too: the gradient alone would change its sign."""
+    if group["maximize"] and (needs.graph or needs.trial or Needs.LOSS in needs):
+        raise ValueError(
+            "maximize=True works with curvature and policies that need only gradients; negate the loss in place of it"
+        )
 
 
 OPTIONS = (

@@ -17,7 +17,7 @@ from curvature import vectors
 from curvature.protocols import TRANSIENT, Needs, Observation, State
 from optimizers import core, row_solves, state_layout, step_info, trial
 from optimizers.autocast import Autocast
-from optimizers.checks import check_unmoved, signal_names
+from optimizers.checks import check_direction, check_unmoved, signal_names
 from optimizers.compiled.captured_path import refuse_capture
 from optimizers.distributed import Ranks, find_ranks
 from optimizers.observing import Observing
@@ -96,6 +96,8 @@ class SecondOrder(Observing):
             RuntimeError: where a signal that the composition needs is missing; the message names the remedy.
         """
         self._start_again_if_cleared()
+        for group in self.param_groups:  # which anyone may have changed since
+            check_direction(group, self.needs)
         held = self._held()
         params = held.shards
         if not self.capturable:

@@ -77,4 +77,7 @@ def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def check_finite(matrix: Tensor) -> None:
     """Refuse a factor that no decomposition is of."""
     if not bool(torch.isfinite(matrix).all()):
-        raise ValueError("a Kronecker factor is not finite: the inputs or gradients of a layer overflowed")
+        raise ValueError(
+            "a Kronecker factor is not finite: the inputs or gradients of a layer overflowed; clip the gradients or "
+            "lower the learning rate, and go on from a checkpoint before it"
+        )

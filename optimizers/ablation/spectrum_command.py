@@ -118,7 +118,8 @@ def measure(
         The measurements; :meth:`Spectrum.write` puts them on disk.
 
     Raises:
-        AblationError: for an unknown name, a bad value, a checkpoint that does not fit, missing data.
+        AblationError: for an unknown name, a bad value, a device that is not there, a checkpoint that does not fit or
+            has no finite loss and curvature, missing data.
 
     >>> found = measure("digits", samples=50, steps=8, probes=1, eigenvalues=1)
     >>> found.parameters, found.samples
@@ -134,6 +135,8 @@ def measure(
     ):
         if value < 1:
             raise AblationError(f"{name} must be at least 1, got {value}")
+    if not -(1 << 63) <= seed < 1 << 63:
+        raise AblationError(f"seed must be a whole number of 64 bits, got {seed}")
     from curvature import EmpiricalFisher, GaussNewton, Hessian, estimate
     from curvature.problem import Problem
     from curvature.spectrum import extreme_eigenvalues, spectral_density, xtrace
@@ -142,12 +145,15 @@ def measure(
     if curvature not in estimators:
         raise unknown_name("curvature", curvature, list(get_args(Of)))
     task = workloads.get(workload)
+    check_device(device)
     task.prepare()
     model = initial_model(task, seed)
     if checkpoint is not None:
         load(model, Path(checkpoint))
     model.to(device).eval()
     batches = [(x.to(device), y.to(device)) for x, y in task.data().evaluation("train", samples)]
+    where = "the initial model" if checkpoint is None else f"checkpoint {str(checkpoint)!r}"
+    refuse_divergence(model, task.loss, batches, where)
     B = estimate(estimators[curvature](), model, task.loss, batches)
     loss, squared = 0.0, None
     for share, graph in Problem(model, task.loss, batches).graphs():
@@ -158,10 +164,13 @@ def measure(
     size = sum(g.numel() for g in squared)
     count = min(eigenvalues, size)
     budget = max(4 * count + 30, 40)
-    top = extreme_eigenvalues(B, count, "largest", max_products=budget, seed=seed)
-    bottom = extreme_eigenvalues(B, count, "smallest", max_products=budget, seed=seed)
-    trace = xtrace(B, 60, seed=seed)
-    density = spectral_density(B, steps, probes, seed=seed)
+    try:
+        top = extreme_eigenvalues(B, count, "largest", max_products=budget, seed=seed)
+        bottom = extreme_eigenvalues(B, count, "smallest", max_products=budget, seed=seed)
+        trace = xtrace(B, 60, seed=seed)
+        density = spectral_density(B, steps, probes, seed=seed)
+    except ArithmeticError as error:
+        raise AblationError(f"the {curvature} at {where} has no spectrum: {error}") from error
     width = density.default_width()
     grid = density.grid(2001, width)
     negative = [w[t < -width].sum() for t, w in zip(density.nodes, density.weights, strict=True)]
@@ -196,6 +205,30 @@ def initial_model(task: workloads.Workload, seed: int) -> nn.Module:
         return task.model()
 
 
+def check_device(device: str) -> None:
+    """Raise AblationError where nothing can be computed on a device."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise AblationError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def refuse_divergence(
+    model: nn.Module, loss_fn: Any, batches: list[tuple[Tensor, Tensor]], where: str
+) -> None:
+    """Raise AblationError where the loss or its gradient is not finite."""
+    for x, y in batches:
+        loss = loss_fn(model(x), y)
+        params = [p for p in model.parameters() if p.requires_grad]
+        gradient = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
+        size = sum(float(g.double().square().sum()) for g in gradient)
+        if not math.isfinite(float(loss.detach())) or not math.isfinite(size):
+            raise AblationError(
+                f"the loss at {where} is {float(loss.detach()):.6g}, its gradient's length {math.sqrt(size):.6g}: no "
+                "curvature there; did the run diverge?"
+            )
+
+
 def load(model: nn.Module, path: Path) -> None:
     """Put a checkpoint into the model."""
     try:
@@ -208,10 +241,17 @@ def load(model: nn.Module, path: Path) -> None:
             f"checkpoint {str(path)!r} cannot be read as a dictionary of tensors: {first}"
         ) from error
     state = found.get("model", found) if isinstance(found, dict) else found
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
+    ):
         raise AblationError(
             f"checkpoint {str(path)!r} must hold model.state_dict(), or a dictionary with it under 'model'"
         )
+    for name, value in state.items():
+        if value.is_complex():
+            raise AblationError(
+                f"checkpoint {str(path)!r} holds complex numbers in {name!r}, the model real ones"
+            )
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -276,6 +316,10 @@ def spectrum(
     ),
 ) -> None:
     """Draw the spectrum of a workload's curvature at a checkpoint."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AblationError(f"cannot write results to {out}: {error.strerror}") from error
     found = measure(
         workload,
         checkpoint,
@@ -287,7 +331,6 @@ def spectrum(
         seed=seed,
         device=device,
     )
-    out.mkdir(parents=True, exist_ok=True)
     found.write(out)
     typer.echo(
         f"{found.curvature} of {found.workload}, {found.parameters} parameters, {found.samples} samples"

@@ -18,6 +18,7 @@ from curvature import (
     FisherDiagonal,
     FlooredDiagonal,
     GaussNewtonDiagonal,
+    HutchinsonDiagonal,
     LossGraph,
     Observation,
     estimate,
@@ -172,3 +173,18 @@ def test_estimate_of_a_wrapped_diagonal_weighs_batches_as_the_wrapped_one_does()
         found = estimate(wrapped, model, case.loss_fn, batches).diagonal()
         for x, h in zip(found, plain, strict=True):
             torch.testing.assert_close(x, (scale * h).clamp(min=1e-9))
+
+
+@pytest.mark.parametrize("curvature", [HutchinsonDiagonal(), GaussNewtonDiagonal])
+def test_a_group_that_is_told_to_climb_later_is_refused(curvature: Any) -> None:
+    model = nn.Linear(2, 1)
+    curvature = curvature(model) if curvature is GaussNewtonDiagonal else curvature
+    optimizer = SecondOrder(
+        model.parameters(), lr=0.1, curvature=curvature, trust_region=trust_regions["unbounded"](damping=1.0)
+    )
+    optimizer.param_groups[0]["maximize"] = True
+    outputs = model(torch.ones(3, 2))
+    loss = outputs.square().mean()
+    optimizer.backward(loss, outputs)
+    with pytest.raises(ValueError, match=r"maximize=True works with .* only gradients; negate the loss"):
+        optimizer.step()

@@ -10,6 +10,7 @@ import torch
 
 from curvature import (
     LBFGS,
+    SOAP,
     EmpiricalFisherDiagonal,
     Hessian,
     Observation,
@@ -176,6 +177,27 @@ def test_float32_singular_factors_give_finite_steps() -> None:
     [step] = estimator.operator(state).solve([G])
     # G = σ u vᵀ has the step u vᵀ; rounding must not be amplified by the inverse root of a zero eigenvalue
     torch.testing.assert_close(step, G / torch.linalg.matrix_norm(G, 2), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("estimator", [Shampoo(interval=1, eps=1e-3), SOAP(interval=1, rotate_vectors=True)])
+def test_a_tensor_of_order_0_is_one_of_order_1_with_one_element(estimator: Any) -> None:
+    state = estimator.init([torch.zeros(s, dtype=torch.float64) for s in [(), (1,)]])
+    for [g] in gradients([(1,)], 5):
+        estimator.update(state, Observation(gradient=[g.reshape(()), g]))
+    B = estimator.operator(state)
+    v = torch.tensor([2.0], dtype=torch.float64)
+    for found in (B.solve([v.reshape(()), v]), B.matvec([v.reshape(()), v]), B.diagonal()):
+        assert [x.shape for x in found] == [(), (1,)]
+        assert torch.equal(found[0].reshape(1), found[1])
+    assert B.diagonal()[0] != 1
+
+
+def test_an_overflow_names_the_remedy() -> None:
+    estimator = Shampoo(interval=1)
+    p = torch.zeros(2, 2)
+    state = estimator.init([p])
+    with pytest.raises(ValueError, match=r"not finite.*clip the gradients"):
+        estimator.update(state, Observation(gradient=[torch.full((2, 2), 1e20)]))
 
 
 @pytest.mark.parametrize("other", [LBFGS(), Hessian(hvp="finite-difference"), Hessian()])

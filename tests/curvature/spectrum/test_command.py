@@ -107,6 +107,38 @@ def test_bad_input_is_one_clear_error(small: Workload, tmp_path: Path) -> None:
         command.measure("small", probes=0)
 
 
+def test_damaged_and_diverged_checkpoints_are_named(small: Workload, tmp_path: Path) -> None:
+    state = small.model().state_dict()
+    path = tmp_path / "checkpoint.pt"
+    for damaged, message in (
+        ({1: torch.ones(3)}, r"must hold model\.state_dict"),
+        ({"model": {1: torch.ones(3)}}, r"must hold model\.state_dict"),
+        ({k: v.to(torch.complex64) for k, v in state.items()}, r"complex numbers in '0\.weight'"),
+        (
+            {k: v * float("nan") for k, v in state.items()},
+            "the loss at checkpoint .* is nan.* did the run diverge",
+        ),
+    ):
+        torch.save(damaged, path)
+        with pytest.raises(AblationError, match=message):
+            command.measure("small", path, steps=3, probes=1, eigenvalues=1)
+
+
+def test_devices_seeds_and_folders_that_are_none_are_named(small: Workload, tmp_path: Path) -> None:
+    for device in ("nosuch", "cuda:99", "cpu:x"):
+        with pytest.raises(AblationError, match=f"device '{device}' cannot be used"):
+            command.measure("small", device=device)
+    with pytest.raises(
+        AblationError, match="seed must be a whole number of 64 bits, got 99999999999999999999"
+    ):
+        command.measure("small", seed=99999999999999999999)
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        result = CliRunner().invoke(app, ["spectrum", "-w", "small", "--steps", "3", "--out", str(out)])
+        assert isinstance(result.exception, AblationError)
+        assert "cannot write results to" in str(result.exception)
+
+
 def test_checkpoint_under_the_key_model_is_found(small: Workload, tmp_path: Path) -> None:
     state = small.model().state_dict()
     torch.save(state, tmp_path / "plain.pt")
