@@ -27,6 +27,7 @@ PARTS = {
     "character language model, 150 steps of 32 windows": "character-gpt-longer",
     "character language model, 60 steps of 8 windows": "character-gpt",
     "logistic regression, 100 steps": "fashion-mnist-logistic",
+    "logistic regression, 1,000 steps": "fashion-mnist-logistic-1000",
     "convolutional autoencoder, 100 steps of 32": "mnist-conv-autoencoder",
     "Fashion-MNIST network, 60 steps of 32": "fashion-mnist",
     "Fashion-MNIST convolutional network, 30 steps of 32": "fashion-mnist-2c2d",

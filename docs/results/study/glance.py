@@ -7,8 +7,11 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from optimizers.ablation import figures
+from optimizers.ablation import Row, figures
+from optimizers.ablation.comparison import compare
 from optimizers.ablation.profiles import performance_profiles
+from optimizers.ablation.report_tables import Table, comparison_table
+from optimizers.ablation.results import spread
 
 Line = dict[str, str]
 REFERENCE = "AdamW"
@@ -53,6 +56,47 @@ def against(folder: Path, workloads: Sequence[str], axis: str, kind: str) -> lis
         ["cell", *workloads],
         [[cell, *(row.get(workload, "not run") for workload in workloads)] for cell, row in found.items()],
     )
+
+
+def at_equal_rates(rows: Sequence[Row], cell: str, other: str) -> Table:
+    """Return a table of one cell against another at every learning rate that both have, by both losses.
+
+    Args:
+        rows: one a cell and learning rate.
+        cell: label of the one.
+        other: label of the other.
+    """
+    measures = {"validation_loss": "validation loss", "train_loss": "training loss"}
+    head = ["learning rate"]
+    for name in measures.values():
+        head += [f"{other}, {name}", f"{cell}, {name}", f"{cell} less {other}, {name}", f"verdict: {name}"]
+    body = []
+    for mine in (row for row in rows if row.cell.label == cell):
+        (its,) = (row for row in rows if row.cell.label == other and row.learning_rate == mine.learning_rate)
+        line = [f"{mine.learning_rate:g}"]
+        for measure in measures:
+            names, ((*found,),) = comparison_table(compare([mine, its], other, measure))
+            said = dict(zip(names, found, strict=True))
+            line += [spread(its.values(measure)), spread(mine.values(measure))]
+            line += [said["loss at equal steps"], said["verdict: loss at equal steps"]]
+        body.append(line)
+    return head, body
+
+
+def as_table(rows: Sequence[Line]) -> list[str]:
+    """Return the lines of a CSV file as a table, a verdict before the interval that it is of."""
+    names = [name for name in rows[0] if not name.startswith("verdict: ")]
+    found = []
+    for row in rows:
+        items = list(row.items())
+        cells = []
+        for (name, text), (after, verdict) in zip(items, [*items[1:], ("", "")], strict=True):
+            if name.startswith("verdict: "):
+                continue
+            said = after.startswith("verdict: ") and verdict != "not separated"
+            cells.append(f"**{verdict}** {text}" if said else text)
+        found.append(cells)
+    return table(names, found)
 
 
 def stability(folder: Path, workloads: Sequence[str]) -> list[str]:

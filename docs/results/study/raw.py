@@ -40,7 +40,7 @@ def unpack(path: Path, folder: Path) -> Path:
     Returns:
         The folder.
     """
-    head, *runs = (json.loads(line) for line in lzma.decompress(path.read_bytes()).decode().splitlines())
+    head, *runs = _lines(path)
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     for name, content in head.items():
         (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -49,6 +49,15 @@ def unpack(path: Path, folder: Path) -> Path:
             json.dumps(run, indent=1) + "\n", encoding="utf-8"
         )
     return folder
+
+
+def runs(path: Path) -> list[Any]:
+    """Return the runs of a file that `pack` wrote; none where there is no file."""
+    return _lines(path)[1:] if path.is_file() else []
+
+
+def _lines(path: Path) -> list[Any]:
+    return [json.loads(line) for line in lzma.decompress(path.read_bytes()).decode().splitlines()]
 
 
 def _read(path: Path) -> Any:
