@@ -86,7 +86,9 @@ def build(
 def _words(error: Exception, options: Mapping[str, object]) -> str:
     """Where a type was wrong: which options were read as words, since a number with a slip in it is one."""
     words = [f"{name}={value!r}" for name, value in options.items() if isinstance(value, str)]
-    return f"; read as words, not numbers: {', '.join(words)}" if words and isinstance(error, TypeError) else ""
+    return (
+        f"; read as words, not numbers: {', '.join(words)}" if words and isinstance(error, TypeError) else ""
+    )
 
 
 def _typed(cell: Cell, name: str, value: object) -> object:

@@ -31,9 +31,13 @@ Style = dict[str, Any]
 
 
 def styles(labels: Sequence[str]) -> dict[str, Style]:
-    """Return colour and dash of every cell."""
+    """Return colour and dash of every cell, and its label, by which a legend knows its line."""
     return {
-        label: {"color": COLORS[i % len(COLORS)], "dashes": DASHES[i // len(COLORS) % len(DASHES)]}
+        label: {
+            "color": COLORS[i % len(COLORS)],
+            "dashes": DASHES[i // len(COLORS) % len(DASHES)],
+            "label": label,
+        }
         for i, label in enumerate(labels)
     }
 
@@ -64,10 +68,13 @@ def png(figure: Figure, look: Mapping[str, Style] | None = None) -> bytes:
 
     Args:
         figure: what is drawn; it grows by its legend.
-        look: of the cells, for a legend below; a picture alone has no page that says which line is whose.
+        look: of the cells, for a legend below of those that are drawn; a picture alone has no page that says which
+            line is whose.
     """
     from matplotlib.lines import Line2D
 
+    drawn = {line.get_label() for axes in figure.axes for line in axes.lines}
+    look = {label: style for label, style in (look or {}).items() if label in drawn}
     if look:
         width, height = figure.get_size_inches()
         columns = 2
@@ -80,7 +87,7 @@ def png(figure: Figure, look: Mapping[str, Style] | None = None) -> bytes:
             ncols=columns,
             fontsize="x-small",
             frameon=False,
-            handlelength=1.5,
+            handlelength=4,  # so that dashes are told apart
             columnspacing=1.0,
         )
     stream = io.BytesIO()
