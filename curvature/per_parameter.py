@@ -56,6 +56,7 @@ class PerParameter(Estimator):
         model: the model that names the parameters; needed in an optimizer, known to :func:`curvature.estimate`.
 
     Raises:
+        TypeError: for rules that are no (rule, estimator) pairs, or an estimator's class in place of an estimator.
         ValueError: for a parameter that no rule fits, or that is not the model's; for a rule that is a name, without
             wildcards, of which the model has no parameter.
 
@@ -73,7 +74,7 @@ class PerParameter(Estimator):
     model: nn.Module | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        rules = tuple((rule, estimator) for rule, estimator in self.rules) or default_rules(self.model)
+        rules = checked_rules(self.rules) or default_rules(self.model)
         object.__setattr__(self, "rules", rules)
 
     @property
@@ -225,6 +226,27 @@ def default_rules(model: nn.Module | None) -> tuple[tuple[Rule, CurvatureEstimat
         )
     matrices = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     return (matrices, KFAC(model)), ("*", EmpiricalFisherDiagonal())
+
+
+def checked_rules(rules: Any) -> tuple[tuple[Rule, CurvatureEstimator], ...]:
+    """The rules as pairs, refused where they are none."""
+    pairs = []
+    for i, pair in enumerate(rules):
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise TypeError(f"rules must be (rule, estimator) pairs, got {pair!r} at position {i}")
+        rule, estimator = pair
+        kinds = rule if isinstance(rule, tuple) else (rule,)
+        if not (isinstance(rule, str) or all(isinstance(k, type) for k in kinds) or callable(rule)):
+            raise TypeError(
+                f"a rule must be a pattern, a module type, a tuple of types or a function, got {rule!r} at position {i}"
+            )
+        if isinstance(estimator, type) or not all(
+            callable(getattr(estimator, name, None)) for name in ("init", "update", "operator")
+        ):
+            shown = f"the class {estimator.__name__}" if isinstance(estimator, type) else repr(estimator)
+            raise TypeError(f"rule {rule!r} must come with an estimator, such as Identity(), got {shown}")
+        pairs.append((rule, estimator))
+    return tuple(pairs)
 
 
 def check_names(rules: Sequence[Rule], names: Sequence[str]) -> None:

@@ -52,9 +52,16 @@ class FlatOperator:
         self.products = 0
 
     def __call__(self, x: Tensor) -> Tensor:
-        """B x, (P,)."""
+        """B x, (P,).
+
+        Raises:
+            ArithmeticError: where it is not finite.
+        """
         self.products += 1
-        return self.flatten(self._operator.matvec(self.unflatten(x)))
+        product = self.flatten(self._operator.matvec(self.unflatten(x)))
+        if not bool(vectors.all_finite([product])):
+            raise ArithmeticError("a product with this curvature is not finite: no spectrum")
+        return product
 
     def columns(self, X: Tensor) -> Tensor:
         """B X, (P, k), a product a column."""
@@ -96,5 +103,7 @@ class FlatOperator:
 
 def check_products(products: int, least: int) -> None:
     """Refuse a budget that a method cannot work with."""
+    if isinstance(products, bool) or not isinstance(products, int):
+        raise ValueError(f"products must be a whole number, got {products!r}")
     if products < least:
         raise ValueError(f"products must be >= {least}, got {products}")

@@ -231,6 +231,23 @@ def test_a_name_that_no_parameter_has_is_refused_with_the_nearest() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"*": Identity()}, r"\(rule, estimator\) pairs, got '\*' at position 0"),
+        ([("*",)], r"\(rule, estimator\) pairs, got \('\*',\) at position 0"),
+        (["*", Identity()], r"\(rule, estimator\) pairs, got '\*'"),
+        ([(3, Identity())], "a rule must be a pattern, .* got 3"),
+        ([((nn.Linear, "x"), Identity())], "a rule must be a pattern"),
+        ([("*", Identity)], r"an estimator, such as Identity\(\), got the class Identity"),
+        ([("*", "kfac")], "an estimator, .* got 'kfac'"),
+    ],
+)
+def test_rules_that_are_none_are_named(rules: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        PerParameter(rules)
+
+
 def test_a_part_takes_finite_differences_in_the_closure() -> None:
     found = []
     for hessian in (Hessian(hvp="finite-difference"), Hessian()):

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
-from curvature.spectrum import Estimated, hutch_plus_plus, hutchinson_trace, xtrace
+from curvature.spectrum import (
+    Estimated,
+    extreme_eigenvalues,
+    hutch_plus_plus,
+    hutchinson_trace,
+    spectral_density,
+    xdiag,
+    xtrace,
+)
 from tests.curvature.spectrum import matrices
 
 ESTIMATORS: list[Callable[..., Estimated]] = [hutchinson_trace, hutch_plus_plus, xtrace]
@@ -105,3 +114,20 @@ def test_products_are_counted(trace: Callable[..., Estimated]) -> None:
 def test_too_few_products_are_refused(trace: Callable[..., Estimated]) -> None:
     with pytest.raises(ValueError, match="products must be >="):
         trace(matrices.operator(matrices.indefinite()), 0)
+
+
+@pytest.mark.parametrize(
+    "method", [hutchinson_trace, hutch_plus_plus, xtrace, xdiag, spectral_density, extreme_eigenvalues]
+)
+def test_a_product_that_is_not_finite_is_an_error_not_an_estimate(method: Any) -> None:
+    B = torch.eye(9, dtype=torch.float64)
+    for bad in (float("nan"), float("inf")):
+        B[4, 4] = bad
+        with pytest.raises(ArithmeticError, match="a product with this curvature is not finite: no spectrum"):
+            method(matrices.operator(B))
+
+
+@pytest.mark.parametrize("products", [6.5, True, "6"])
+def test_a_budget_that_is_no_whole_number_is_refused(products: Any) -> None:
+    with pytest.raises(ValueError, match="products must be a whole number"):
+        xtrace(matrices.operator(matrices.indefinite(9)), products)
