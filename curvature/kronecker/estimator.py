@@ -54,6 +54,7 @@ class _Live:
     proofs: Proofs = field(default_factory=Proofs)
     spare: Spare = field(default_factory=Spare)
     first: FirstInputs | None = None
+    may_mix: bool = False
     rows: Proven = field(default_factory=Proven)
 
 
@@ -142,7 +143,8 @@ class KroneckerEstimator(Estimator):
         """Zero factors, and hooks in the model."""
         layout = self._layout(params)
         self._record_always()
-        if self.fisher == "empirical" and self._live.first is None:
+        asks = self.fisher in ("empirical", "mc") and self.between_samples == "refuse"
+        if asks and self._live.first is None:
             self._live.first = FirstInputs(self.model)
         state: State = {"step": 0, "draws": 0, "count": [vectors.scalar_like([p]) for p in params]}
         keys = (*self._keys(), *learning.TRANSPOSED_KEYS)
@@ -262,8 +264,7 @@ class KroneckerEstimator(Estimator):
         apart = self.between_samples == "refuse"
         if apart:
             refuse_coupled_samples(self.model)
-            if self._live.first is not None:
-                refuse_per_sample(self._live.first.verdict(), self.model)
+            self._try_model()
         modules = dict(self.model.named_modules())
         used = measurement.block_calls(layout, trace, modules, params)
         found = self._output_curvature(graph)
@@ -309,6 +310,19 @@ class KroneckerEstimator(Estimator):
                 diagonal[i].fill_(1.0)
         return statistics
 
+    def _try_model(self) -> None:
+        """Look once whether a row of the model's outputs depends on other samples.
+
+        A sample of the empirical Fisher has then no gradient. Drawn labels let rows meet, in expectation without harm
+        where a row is computed once for all samples; of a model that mixes them the rows are proven.
+        """
+        if self._live.first is None:
+            return
+        verdict = self._live.first.verdict()
+        if self.fisher == "empirical":
+            refuse_per_sample(verdict, self.model)
+        self._live.may_mix = self._live.may_mix or verdict != "apart"
+
     def _proven(
         self,
         graph: LossGraph,
@@ -318,7 +332,7 @@ class KroneckerEstimator(Estimator):
         samples: int,
     ) -> tuple[list[measurement.BlockCalls], list[measurement.ScaleCalls]]:
         """The uses with the samples' axis of each, where it matters whose a row is."""
-        together = self.fisher in ("type-2", "empirical")
+        together = self.fisher in ("type-2", "empirical") or self._live.may_mix
         by_sample = self._by_sample or self.sharing == "reduce" or sample_rows.uneven(found.weights)
         if samples == 1 or (self.fisher == "forward-only" and not by_sample):
             return list(used), list(scales)

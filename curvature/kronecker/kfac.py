@@ -18,7 +18,7 @@ from curvature.kronecker.gradient_rows import Watch, most_rows, watch
 from curvature.kronecker.layout import Block, Layout
 from curvature.kronecker.learning import held
 from curvature.kronecker.operator import KroneckerOperator
-from curvature.loss_graph import output_tensor
+from curvature.outputs import output_tensor
 from curvature.protocols import State
 from curvature.registry import estimators
 

@@ -94,7 +94,8 @@ class Proofs:
                 raise ValueError(
                     f"a position of {name!r} belongs to several samples, or not to the sample that its place says, so "
                     f"{self.name} cannot form each sample's gradient: keep the samples in dim 0 of inputs "
-                    f"and outputs, or pass exclude=({name!r},) to treat the layer by the exact diagonal"
+                    f"and outputs, pass exclude=({name!r},) to treat the layer by the exact diagonal, or leave out "
+                    "what is between samples with fisher='mc' and between_samples='drop'"
                 )
         kept = [s for s in scales if ("scale", s.layer.module) not in lost]
         return sample_rows.with_axes(used, axes, samples, together, by_sample), kept

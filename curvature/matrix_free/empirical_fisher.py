@@ -6,10 +6,10 @@ c_n g_n = J_nᵀ r_n and Σ_n c_n g_n g_nᵀ v = Σ_n J_nᵀ r_n ⟨r_n, J_n v�
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from curvature import loss_weights
 from curvature.empirical_fisher import reciprocal
@@ -21,9 +21,9 @@ from curvature.matrix_free.hessian import Mode, check_mode
 from curvature.matrix_free.snapshot import Snapshot
 from curvature.measured_weights import batch_size
 from curvature.problem import Problem
-from curvature.protocols import HessianProduct, Observation, State
+from curvature.protocols import HessianProduct, Observation, State, Statistics
 from curvature.registry import estimators
-from curvature.sample_mixing import refuse_batch_statistics, refuse_per_sample, samples_mixed
+from curvature.sample_mixing import FirstInputs, refuse_batch_statistics, refuse_per_sample, samples_mixed
 from curvature.side_effects import coupled_by_batch_norm
 
 
@@ -39,11 +39,12 @@ class EmpiricalFisher(OutputSpaceEstimator):
             c_n is read from its curvature (for ``"gaussian"`` a sample's own loss is the mean squared error).
             :func:`curvature.estimate` sees the loss function and needs no likelihood.
         jvp: how J v is computed, see :class:`GaussNewton`.
+        model: the model, which is tried for a mixing of samples; needed in an optimizer, known to
+            :func:`curvature.estimate`.
 
     Raises:
         ValueError: where the samples' weights cannot be known, or the model mixes samples, which is tried once on
-            four of them. An optimizer shows neither model nor inputs: there only a batch norm in training mode is
-            noticed, and under any other mixing g_n is the gradient of row n's loss as that batch has it.
+            four of them; in an optimizer also without ``likelihood`` or ``model``.
 
     >>> import torch
     >>> from curvature import estimate
@@ -59,6 +60,8 @@ class EmpiricalFisher(OutputSpaceEstimator):
 
     likelihood: Likelihood | None = None
     jvp: Mode = "reverse"
+    model: nn.Module | None = field(default=None, repr=False, compare=False)
+    first: FirstInputs | None = field(default=None, init=False, repr=False, compare=False)
 
     semidefinite = True
 
@@ -66,6 +69,18 @@ class EmpiricalFisher(OutputSpaceEstimator):
         check_mode(self.jvp, "jvp")
         if self.likelihood is not None:
             check_likelihood(self.likelihood)
+        if self.model is not None:
+            object.__setattr__(self, "first", FirstInputs(self.model))
+
+    def measure(self, state: State, graph: LossGraph) -> Statistics:
+        """Nothing but the proof that each sample has a gradient of its own; products are taken in the step."""
+        if self.model is None or self.first is None:
+            raise ValueError(
+                "EmpiricalFisher needs model= in an optimizer, to try whether it mixes samples: give model=model"
+            )
+        nothing = super().measure(state, graph)
+        refuse_per_sample(self.first.verdict(), self.model)
+        return nothing
 
     def snapshot(self, problem: Problem) -> Snapshot:
         """The problem as the products see it, if every sample has a loss of its own."""

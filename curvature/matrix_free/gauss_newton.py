@@ -21,7 +21,7 @@ from curvature.matrix_free.snapshot import Snapshot
 from curvature.measured_functions import refuse_unproven_loss
 from curvature.outputs import output_tensor
 from curvature.problem import Problem
-from curvature.protocols import HessianProduct, Needs, Observation, State
+from curvature.protocols import HessianProduct, Needs, Observation, State, Statistics
 from curvature.registry import estimators
 
 
@@ -34,6 +34,11 @@ class OutputSpaceEstimator(MatrixFreeEstimator):
     def needs(self) -> Needs:
         """The graph of the loss and of the outputs."""
         return Needs.GRAD | Needs.GGN
+
+    def measure(self, state: State, graph: LossGraph) -> Statistics:
+        """Nothing but a look at the outputs: what is beside them is refused here, and not in the step."""
+        _ = graph.output
+        return {}
 
     def loop_product(self, state: State, seen: Observation) -> HessianProduct:
         """Σ of the products of this step's losses."""

@@ -43,7 +43,7 @@ AT_OUTPUTS: dict[str, Callable[[nn.Module], Any]] = {
     "gauss-newton": lambda m: GaussNewton(),
     "fisher": lambda m: Fisher("categorical"),
     "sampled fisher": lambda m: Fisher("categorical", samples=2),
-    "empirical fisher": lambda m: EmpiricalFisher("categorical"),
+    "empirical fisher": lambda m: EmpiricalFisher("categorical", model=m),
     "fisher diagonal": lambda m: FisherDiagonal("categorical"),
     "gauss-newton diagonal": lambda m: GaussNewtonDiagonal(m),
     "empirical fisher diagonal": lambda m: EmpiricalFisherDiagonal(

@@ -16,10 +16,13 @@ from curvature import (
     KFAC,
     EmpiricalFisher,
     EmpiricalFisherDiagonal,
+    Fisher,
+    FisherDiagonal,
     GaussNewton,
     GaussNewtonDiagonal,
     Hessian,
     HessianDiagonal,
+    LowRank,
     estimate,
 )
 from curvature.loss_graph import LossGraph
@@ -27,7 +30,7 @@ from curvature.sample_mixing import samples_mixed
 from optimizers import SecondOrder
 from tests.curvature import dense
 from tests.curvature.cases import Call, classes, reals, seeded
-from trust_region import FixedRadius, TrustRegion, Unbounded
+from trust_region import FixedRadius, L2Ball, SteihaugCG, TrustRegion, Unbounded
 
 N = 6
 X, Y = reals(N, 4), classes(N)
@@ -286,12 +289,10 @@ def test_an_optimizer_looks_at_the_model_once() -> None:
     assert not model._forward_hooks
 
 
-@pytest.mark.parametrize("kind", ["diagonal", "kfac"])
+@pytest.mark.parametrize("kind", ["matrix", "diagonal", "kfac", "ekfac"])
 def test_an_optimizer_refuses_per_sample_curvature_of_a_mixing_model(kind: str) -> None:
     model = MIXING["centred inputs"]()
-    estimator: Any = KFAC(model, fisher="empirical", likelihood="categorical")
-    if kind == "diagonal":
-        estimator = EmpiricalFisherDiagonal(samples="per_sample", model=model, likelihood="categorical")
+    estimator = IN_TRAINING[f"empirical, {kind}"](model)
     with pytest.raises(ValueError, match="mixes the samples of a batch"):
         training(estimator, model)
     copied = copy.deepcopy(estimator)  # watches the model's copy
@@ -299,8 +300,8 @@ def test_an_optimizer_refuses_per_sample_curvature_of_a_mixing_model(kind: str) 
         training(copied, copied.model)
 
 
-def test_an_optimizer_finds_batch_norm_in_the_graph() -> None:
-    """The matrix sees neither the model nor its inputs."""
+def test_an_optimizer_finds_batch_norm_in_the_graph_at_every_step() -> None:
+    """The model is tried once, and may change its mode later."""
 
     def product(model: nn.Module) -> list[Tensor]:
         z = model(X)
@@ -339,3 +340,162 @@ def test_a_model_is_tried_once_a_mode() -> None:
     assert samples_mixed(model, [X]) == "apart"
     assert not calls
     assert samples_mixed(model.train(), [X]) == "mixed"
+
+
+# -- every estimator over every mixing model, in training -------------------------------------------------------------
+
+#: Those that claim the curvature of the whole batch's loss, to a tolerance.
+EXACT: dict[str, tuple[Callable[[nn.Module], Any], float]] = {
+    "hessian": (lambda m: Hessian(), 1e-12),
+    "hessian diagonal": (lambda m: HessianDiagonal(), 1e-12),
+    "gauss-newton": (lambda m: GaussNewton(), 1e-12),
+    "gauss-newton diagonal": (lambda m: GaussNewtonDiagonal(m), 1e-12),
+    "fisher": (lambda m: Fisher("categorical"), 1e-12),
+    "low rank": (lambda m: LowRank(rank=1000, interval=1), 1e-6),
+    # by seed 0 and that many labels a sample; relative errors of squares fall as their root
+    "fisher, drawn": (lambda m: Fisher("categorical", samples=4000), 0.1),
+    "fisher diagonal": (lambda m: FisherDiagonal("categorical", samples=2000), 0.2),
+}
+#: Those that claim the curvature of each sample, or of each sample's row of a layer.
+IN_TRAINING: dict[str, Callable[[nn.Module], Any]] = {
+    "empirical, matrix": lambda m: EmpiricalFisher("categorical", model=m),
+    "empirical, diagonal": lambda m: EmpiricalFisherDiagonal(
+        samples="per_sample", model=m, likelihood="categorical"
+    ),
+    "empirical, kfac": lambda m: KFAC(m, fisher="empirical", likelihood="categorical"),
+    "empirical, ekfac": lambda m: EKFAC(m, fisher="empirical", likelihood="categorical"),
+}
+BY_ROWS: dict[str, Callable[[nn.Module], Any]] = {
+    "kfac, type-2": lambda m: KFAC(m, fisher="type-2"),
+    "kfac, mc": lambda m: KFAC(m, fisher="mc"),
+    "kfac, forward-only": lambda m: KFAC(m, fisher="forward-only"),
+    "kfac, reduce": lambda m: KFAC(m, fisher="mc", sharing="reduce"),
+    "ekfac, type-2": lambda m: EKFAC(m, fisher="type-2"),
+    "ekfac, mc": lambda m: EKFAC(m, fisher="mc"),
+}
+#: The models that mix samples before their first parameter alone: the rest of each, and what it is given.
+AFTER_MIXING: dict[str, tuple[Callable[[Any, Tensor], Tensor], Tensor]] = {
+    "centred inputs": (lambda m, x: m.b(m.a(x).tanh()), X - X.mean(0)),
+    "scaled by the largest norm": (lambda m, x: m.b(m.a(x).tanh()), X / X.norm(dim=1).max()),
+    "the next sample": (lambda m, x: m.b(m.a(x).tanh()), X - 0.1 * X.roll(1, 0)),
+    "the first sample": (lambda m, x: m.b(m.a(x).tanh()), X * (1 + X[:1])),
+    "pairs": (
+        lambda m, x: m.b((m.a(x[:, 0]) + m.a(x[:, 1])).tanh()),
+        torch.stack([X, X.view(-1, 2, 4).flip(1).reshape(-1, 4)], 1),
+    ),
+}
+MODELS = {k: v for k, v in MIXING.items() if k != "dropout beside it"} | {
+    "batch norm": lambda: seeded(
+        nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
+    ),
+    "softmax over the batch": lambda: two(lambda m, x: m.b(m.a(x).softmax(0))),
+    "groups over the batch": lambda: two(lambda m, x: m.b(functional.layer_norm(m.a(x).T, [N]).T)),
+}
+
+
+def contrastive(z: Tensor, _: Tensor) -> Tensor:
+    z = functional.normalize(z, dim=1)
+    return functional.cross_entropy(z @ z.T, torch.arange(N).roll(1))
+
+
+def trained(estimator: Any, model: nn.Module, x: Tensor = X, loss_fn: Any = CE) -> Tensor:
+    """B of the first step of an optimizer."""
+    optimizer = SecondOrder(
+        model.parameters(),
+        lr=0.0,
+        curvature=estimator,
+        trust_region=TrustRegion(
+            region=L2Ball(), subproblem=SteihaugCG(max_iterations=1), radius=FixedRadius()
+        ),
+    )
+    operator, seen = estimator.operator, []
+
+    def watched(state: Any) -> Any:
+        B = operator(state)
+        seen.append(B.to_dense())
+        return B
+
+    object.__setattr__(estimator, "operator", watched)
+    z = model(x)
+    loss = loss_fn(z, Y)
+    optimizer.backward(loss, z)
+    optimizer.step(loss=loss)
+    return seen[0]
+
+
+@pytest.mark.parametrize("what", [*MODELS, "contrastive loss"])
+@pytest.mark.parametrize("name", EXACT)
+def test_curvature_of_the_batch_is_exact_in_training_or_refused(name: str, what: str) -> None:
+    model = MODELS.get(what, MODELS["pairs"])()
+    loss_fn = contrastive if what == "contrastive loss" else CE
+    make, tolerance = EXACT[name]
+    coupled = what == "contrastive loss" and "hessian" not in name and name != "gauss-newton"
+    if coupled or (what, name) == ("batch norm", "gauss-newton diagonal"):
+        refusal = (
+            "couples the outputs|is not that of likelihood|batch norm '1' is in training|not positive semidef"
+        )
+        with pytest.raises((ValueError, ArithmeticError), match=refusal):
+            trained(make(model), model, loss_fn=loss_fn)
+        return
+    params, z = dense.trainable(model), model(X)
+    loss = loss_fn(z, Y)
+    expected = dense.hessian(loss, params) if "hessian" in name else dense.gauss_newton(loss, z, params)
+    if "diagonal" in name:
+        expected = torch.diag(expected.diagonal())
+    assert dense.relative_error(trained(make(model), model, loss_fn=loss_fn), expected) < tolerance
+
+
+@pytest.mark.parametrize("what", [*MODELS, "contrastive loss"])
+@pytest.mark.parametrize("name", IN_TRAINING)
+def test_curvature_of_samples_is_refused_in_training(name: str, what: str) -> None:
+    model = MODELS.get(what, MODELS["pairs"])()
+    loss_fn = contrastive if what == "contrastive loss" else CE
+    with pytest.raises(ValueError, match=r"mixes the samples of a batch|batch norm '1' is in training mode"):
+        trained(IN_TRAINING[name](model), model, loss_fn=loss_fn)
+    apart = two(lambda m, x: m.b(m.a(x).tanh()))
+    if what == "contrastive loss":
+        with pytest.raises(ValueError, match="is not that of likelihood"):
+            trained(IN_TRAINING[name](apart), apart, loss_fn=loss_fn)
+
+
+@pytest.mark.parametrize("what", [*MODELS, "contrastive loss"])
+@pytest.mark.parametrize("name", BY_ROWS)
+def test_kronecker_factors_of_rows_that_meet_are_refused_in_training(name: str, what: str) -> None:
+    """Where only inputs are mixed, before the first layer, they are the model's on the mixed inputs."""
+    if what in AFTER_MIXING:
+        model, (rest, x) = MODELS[what](), AFTER_MIXING[what]
+        plain = two(rest)
+        B = trained(BY_ROWS[name](model), model)
+        assert dense.relative_error(B, trained(BY_ROWS[name](plain), plain, x)) < 1e-10
+        return
+    model = MODELS.get(what, lambda: two(lambda m, x: m.b(m.a(x).tanh())))()
+    if name == "kfac, forward-only" and what not in ("batch norm", "contrastive loss"):
+        inputs: list[Tensor] = []  # no gradient enters: A is of the layers' inputs, whatever mixed them
+        for layer in (model.a, model.b):
+            layer.register_forward_pre_hook(lambda m, args: inputs.append(args[0].detach()))
+        B = trained(BY_ROWS[name](model), model)
+        rows = [torch.cat([h, torch.ones(N, 1, dtype=h.dtype)], 1) for h in inputs[:2]]
+        traces = [float((h.square().sum() / N) * d) for h, d in zip(rows, (5, 3), strict=True)]
+        assert float(B.trace()) == pytest.approx(sum(traces))
+        return
+    loss_fn = contrastive if what == "contrastive loss" else CE
+    refusal = (
+        "belongs to several samples|batch norm '1' is in training mode|couples the outputs|known likelihood"
+    )
+    with pytest.raises(ValueError, match=refusal):
+        trained(BY_ROWS[name](model), model, loss_fn=loss_fn)
+
+
+@pytest.mark.filterwarnings("ignore:.*treats these by the diagonal")
+def test_kronecker_factors_of_rows_that_serve_all_samples_are_not_refused() -> None:
+    """Labels are drawn: a learned query that is projected once meets all samples, and mixes none."""
+    model = seeded(Latent())
+    assert torch.isfinite(trained(KFAC(model, fisher="mc"), model)).all()
+
+
+def test_the_empirical_fisher_asks_for_the_model_in_training() -> None:
+    model = two(lambda m, x: m.b(m.a(x).tanh()))
+    with pytest.raises(ValueError, match=r"EmpiricalFisher needs model= in an optimizer.*give model=model"):
+        trained(EmpiricalFisher("categorical"), model)
+    found = trained(EmpiricalFisher("categorical", model=model), model)
+    torch.testing.assert_close(found, estimate(EmpiricalFisher(), model, CE, [(X, Y)]).to_dense())
