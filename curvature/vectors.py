@@ -82,7 +82,10 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     >>> compute_dtype(torch.bfloat16), compute_dtype(torch.float64)
     (torch.float32, torch.float64)
     """
-    return torch.promote_types(dtype, torch.float32)
+    wide = (
+        dtype == torch.float32 or dtype == torch.float64
+    )  # asked for every tensor of a step: no operation for these
+    return dtype if wide else torch.promote_types(dtype, torch.float32)
 
 
 def scalar_like(params: Vector, value: float = 0.0) -> Tensor:

@@ -7,7 +7,7 @@ s is laid into the optimizer's state, with which it is saved: a resumed run cont
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -18,7 +18,9 @@ from curvature.kronecker.solved_mean import Mean, Solved, SolvedMeanOperator
 from curvature.protocols import CurvatureOperator
 from curvature.running_mean import bias_correction
 from optimizers.momentum import RunningMean
-from optimizers.step_paths import Held
+
+if TYPE_CHECKING:
+    from optimizers.step_paths import Held
 
 SOLVED, DAMPING = "solved_mean", "solved_damping"
 """Entries of a parameter's state: s, shaped like it, and λ that it belongs to."""
@@ -36,6 +38,8 @@ def prepared(
     gradient: Sequence[Tensor | None],
     averaged: Sequence[Tensor],
     rows: Mapping[int, GradientRows],
+    *,
+    corrected: bool = True,
 ) -> CurvatureOperator:
     """``operator``, or one that solves for ``averaged`` by rows where the gradient still is the product of them.
 
@@ -48,6 +52,7 @@ def prepared(
         gradient: this step's.
         averaged: m̂, this gradient included.
         rows: of this step's gradient.
+        corrected: ``False`` where m itself is to be solved for, and given as ``averaged``.
     """
     entries: list[dict[str, Any]] = [held.state[p] for p in held.params]
     before = {i: (e.pop(SOLVED), e.pop(DAMPING)) for i, e in enumerate(entries) if SOLVED in e}
@@ -68,7 +73,9 @@ def prepared(
                 kept[block.root] = solved
     if not usable:
         return operator
-    corrections = [bias_correction(t, b) for t, b in zip(held.steps, betas, strict=True)]
+    corrections = None
+    if corrected:
+        corrections = [bias_correction(t, b) for t, b in zip(held.steps, betas, strict=True)]
     weights = [0.0 if isinstance(b, Tensor) else 1.0 - b for b in betas]
     return SolvedMeanOperator(operator, Mean(averaged, buffers, weights, corrections, usable, kept))
 

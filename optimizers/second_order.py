@@ -199,7 +199,7 @@ class SecondOrder(Observing):
             gradient_at=self._gradient_at(closure, before),
         )
         operator = core.refreshed(composition, seen, held.curvature_state)
-        recorded = self._paths.diagonal(held, operator, gradient, ranks)
+        recorded = self._paths.in_place(held, operator, gradient, self._pending.rows, ranks)
         if recorded is not None:
             self._record_later(loss, recorded)
             return

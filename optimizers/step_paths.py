@@ -6,15 +6,16 @@ From the narrowest to the widest:
 - *compiled*, where every tensor has a gradient (:mod:`optimizers.compiled`): two kernels for one formula an element,
   a graph over all tensors for any other composition whose signals are gradients;
 - *blocked*: likewise, one formula an element on a CPU, block by block (``blocked.py``);
-- *diagonal*: a diagonal curvature on a CPU, block by block or, with ``compile=True``, in one native pass
-  (``diagonal_step.py``), or one that is diagonal in a rotated basis (``rotated_step.py``);
+- *in place*: on a CPU a diagonal curvature, block by block or, with ``compile=True``, in one native pass
+  (``diagonal_step.py``), one that is diagonal in a rotated basis (``rotated_step.py``), or Kronecker factors
+  (``kronecker_step.py``);
 - the general path (``core.py``), which writes every intermediate vector and takes anything.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -22,10 +23,12 @@ import torch
 from torch import Tensor
 
 from curvature import vectors
+from curvature.kronecker.gradient_rows import GradientRows
+from curvature.kronecker.inverses import FactoredKroneckerOperator
 from curvature.operators import DiagonalOperator
 from curvature.protocols import CurvatureOperator, State
 from curvature.rotated_diagonal import RotatedDiagonalOperator
-from optimizers import blocked, diagonal_step, elementwise, rotated_step
+from optimizers import blocked, diagonal_step, elementwise, kronecker_step, rotated_step
 from optimizers.compiled import graph
 from optimizers.compiled.captured_path import CapturedPath
 from optimizers.compiled.elementwise_path import ElementwisePath, has_passes, passes_for
@@ -283,14 +286,22 @@ class StepPaths:
 
     # -- on a CPU without a compiler ------------------------------------------------------------------------------
 
-    def diagonal(
-        self, held: Held, operator: CurvatureOperator, gradient: Sequence[Tensor | None], ranks: Ranks
+    def in_place(
+        self,
+        held: Held,
+        operator: CurvatureOperator,
+        gradient: Sequence[Tensor | None],
+        rows: Mapping[int, GradientRows],
+        ranks: Ranks,
     ) -> Callable[[], Proposal] | None:
-        """The same for curvature that is diagonal, maybe in a rotated basis, and refreshed already.
+        """The same for curvature that is refreshed already: Kronecker factors, or a diagonal, maybe in a rotated basis.
 
         The proposal is formed when it is asked for.
         """
         trust_region, momentum = self.composition.trust_region, self.composition.momentum
+        if ranks.shards is None and kronecker_step.suits(operator, trust_region, momentum, held, gradient):
+            factored = cast(FactoredKroneckerOperator, operator)
+            return kronecker_step.step_(factored, momentum, held, cast("list[Tensor]", gradient), rows)
         means, damping = held.momentum_buffers(), held.region_state.get("damping", 0.0)
         options = held.each("momentum"), held.each("lr"), held.each("weight_decay")
         if ranks.shards is None and rotated_step.suits(

@@ -67,12 +67,13 @@ class KLBall(Shape):
                 f"KLBall needs positive semi-definite curvature, and pᵀBp = {float(energy):.3g} < 0: use a Fisher or "
                 "Gauss-Newton curvature, or L2Ball with SteihaugCG for an indefinite one"
             )
+        whole = vectors.readable(factor) and bool(factor == 1)  # nothing to scale
         return Solution(
-            step=vectors.scale(newton, factor),
+            step=newton if whole else vectors.scale(newton, factor),
             on_boundary=factor < 1,
             negative_curvature=energy < -noise,
             iterations=1,
-            curvature_step=vectors.scale(product, factor),
+            curvature_step=product if whole else vectors.scale(product, factor),
         )
 
     def project(

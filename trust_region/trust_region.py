@@ -232,11 +232,11 @@ def refuse_uphill(solution: Solution) -> None:
 
 
 def scaled_by_lr(step: Sequence[Tensor], lr: Sequence[float | Tensor] | None) -> list[Tensor]:
-    """η_i p_i for every tensor."""
+    """η_i p_i for every tensor; p_i itself where η_i is the number 1."""
     if lr is None:
         return list(step)
     return [
-        p * (eta.to(p.device, p.dtype) if isinstance(eta, Tensor) else eta)
+        p * eta.to(p.device, p.dtype) if isinstance(eta, Tensor) else p if eta == 1.0 else p * eta
         for p, eta in zip(step, lr, strict=True)
     ]
 
@@ -253,12 +253,16 @@ def predicted_parts(
 
     Where every tensor has the same learning rate η the product B p of the solver is reused: B(ηp) = ηBp.
     """
-    step = scaled_by_lr(solution.step, context.lr)
     product = solution.curvature_step
     same = context.lr is None or all(_same(eta, context.lr[0]) for eta in context.lr[1:])
-    if product is not None and same:
-        product = scaled_by_lr(product, context.lr)
-    else:
-        product = curvature.matvec(step)
-    linear, quadratic = vectors.dots(gradient, step), vectors.dots(product, step)
-    return [-(a + 0.5 * b) for a, b in zip(linear, quadratic, strict=True)]
+    if product is None or not same:
+        step = scaled_by_lr(solution.step, context.lr)
+        linear, quadratic = vectors.dots(gradient, step), vectors.dots(curvature.matvec(step), step)
+        return [-(a + 0.5 * b) for a, b in zip(linear, quadratic, strict=True)]
+    linear, quadratic = vectors.dots(gradient, solution.step), vectors.dots(product, solution.step)
+    rates = [1.0] * len(linear) if context.lr is None else context.lr
+    found = []
+    for a, b, rate in zip(linear, quadratic, rates, strict=True):
+        eta = rate.to(a.device, a.dtype) if isinstance(rate, Tensor) else rate
+        found.append(-(eta * a + 0.5 * eta**2 * b))
+    return found

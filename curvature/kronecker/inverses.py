@@ -22,6 +22,7 @@ from curvature.kronecker.eigen import eigh_here
 from curvature.kronecker.layout import Block, Layout
 from curvature.kronecker.learning import factors_of, held
 from curvature.kronecker.operator import KroneckerOperator, balance, gather, refuse_singular, scatter
+from curvature.kronecker.rules import LayerRule
 from curvature.operators import check_damping
 from curvature.protocols import CACHE, State
 from curvature.shared_work import divided, team
@@ -86,6 +87,27 @@ class Entry:
         """(G + √λ/π I)⁻¹ V (A + π√λ I)⁻¹."""
         V = V * self.G if self.of.G is None else self.G @ V
         return V * self.A.unsqueeze(-2) if self.of.block.diagonal_input else V @ self.A
+
+    def solve_into(self, out: list[Tensor], v: Sequence[Tensor], like: Sequence[Tensor]) -> None:
+        """The block's part of a vector solved for; new tensors, or views of one, in the places of its members."""
+        block, dtype = self.of.block, self.A.dtype
+        if block.bias is None or block.weight is None or not is_matrix(block, v[block.weight]):
+            scatter(block, self.apply(gather(block, v).to(dtype)), like, out)
+            return
+        # [W, b] A⁻¹ by parts: nothing is copied to be lengthened by a column, and W's part stands by itself.
+        W, b, A, d = v[block.weight].to(dtype), v[block.bias].to(dtype), self.A[0], block.dims.d_in
+        if self.of.G is None:
+            W, b = W * self.G[0], b * self.G[0, 0]
+        else:
+            W, b = self.G[0] @ W, self.G[0] @ b
+        out[block.weight] = (W @ A[:d, :d]).addr_(b, A[d, :d])
+        out[block.bias] = torch.addmv(b * A[d, d], W, A[:d, d])
+
+
+def is_matrix(block: Block, weight: Tensor) -> bool:
+    """Whether the weight is its block's matrix as it stands."""
+    plain = type(block.rule).to_matrix is LayerRule.to_matrix and block.dims.groups == 1
+    return plain and not block.diagonal_input and weight.shape == (block.dims.d_out, block.dims.d_in)
 
 
 @dataclass
@@ -194,8 +216,7 @@ class FactoredKroneckerOperator(KroneckerOperator):
         entries = self._entries(damping)
         out = self.solve_rest(v, damping)
         for block in self.factorblocks:
-            V = gather(block.block, v).to(block.values.dtype)
-            scatter(block.block, entries[block.block.root].apply(V), self.like, out)
+            entries[block.block.root].solve_into(out, v, self.like)
         return out
 
     @property

@@ -146,7 +146,7 @@ class KFAC(DividedBases):
                 self._like(state, layout),
                 layout,
                 [formed.factorblock(state, b) for b in layout.blocks],
-                [d.clone() for d in held(state, "diagonal")],
+                [d.clone() if d.numel() else d for d in held(state, "diagonal")],
                 formed.inverses_of(state),
             )
         if self._owned:

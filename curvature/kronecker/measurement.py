@@ -255,10 +255,17 @@ def add_inputs_(
 
 def zeros(layout: Layout, shapes: Mapping[int, tuple[int, ...]], params: Sequence[Tensor]) -> list[Tensor]:
     """Zeros of the given shapes, one tensor a parameter; without elements where none is given."""
-    return [
-        torch.zeros(shapes.get(i, (0,)), dtype=compute_dtype(p.dtype), device=p.device)
-        for i, p in enumerate(params)
-    ]
+    nothing: dict[tuple[torch.dtype, torch.device], Tensor] = {}  # one tensor for all places without elements
+    found = []
+    for i, p in enumerate(params):
+        kind = compute_dtype(p.dtype), p.device
+        if i in shapes:
+            found.append(torch.zeros(shapes[i], dtype=kind[0], device=kind[1]))
+            continue
+        if kind not in nothing:
+            nothing[kind] = torch.zeros((0,), dtype=kind[0], device=kind[1])
+        found.append(nothing[kind])
+    return found
 
 
 def allocated(

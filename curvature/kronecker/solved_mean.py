@@ -18,7 +18,6 @@ from torch import Tensor
 from curvature.kronecker.gradient_rows import GradientRows
 from curvature.kronecker.inverses import Entry, FactoredKroneckerOperator
 from curvature.kronecker.layout import Block
-from curvature.kronecker.operator import gather, scatter
 from curvature.operators import Operator, check_damping
 
 
@@ -43,7 +42,7 @@ class Mean:
         averaged: m̂.
         buffers: m.
         newest: 1-β, the weight of the newest gradient in m.
-        corrections: c, 0-d.
+        corrections: c, 0-d; ``None`` where it is m that is solved for, and s itself is the answer.
         rows: the newest gradient of some blocks, by their root.
         kept: s of the mean as it was before the newest gradient, by root; after a solve as it is now.
     """
@@ -51,7 +50,7 @@ class Mean:
     averaged: Sequence[Tensor]
     buffers: Sequence[Tensor]
     newest: Sequence[float]
-    corrections: Sequence[Tensor]
+    corrections: Sequence[Tensor] | None
     rows: Mapping[int, GradientRows]
     kept: MutableMapping[int, Solved] = field(default_factory=dict)
 
@@ -96,8 +95,7 @@ class SolvedMeanOperator(Operator):
             entry, root = entries[block.block.root], block.block.root
             rows, before = mean.rows.get(root), self._before.pop(root, None)
             if rows is None:
-                V = gather(block.block, v).to(block.values.dtype)
-                scatter(block.block, entry.apply(V), self.like, out)
+                entry.solve_into(out, v, self.like)
                 continue
             if before is not None and before.damping == value and root not in refreshed:
                 add_rows_(before.members, entry, block.block, rows, mean.newest[root])
@@ -106,7 +104,7 @@ class SolvedMeanOperator(Operator):
                 members = solved_in_full(entry, block.block, mean.buffers)
             mean.kept[root] = Solved(value, members)
             for i, s in zip(block.block.members, members, strict=True):
-                out[i] = s / mean.corrections[i].to(s)
+                out[i] = s if mean.corrections is None else s / mean.corrections[i].to(s)
         return out
 
 
@@ -128,5 +126,5 @@ def add_rows_(
 def solved_in_full(entry: Entry, block: Block, buffers: Sequence[Tensor]) -> list[Tensor]:
     """s = G⁻¹ m A⁻¹ by the products of whole matrices, a tensor a member, each in memory of its own."""
     into = list(buffers)
-    scatter(block, entry.apply(gather(block, buffers)), buffers, into)
-    return [into[i].clone(memory_format=torch.contiguous_format) for i in block.members]
+    entry.solve_into(into, buffers, buffers)
+    return [into[i].contiguous() for i in block.members]
