@@ -23,7 +23,7 @@ from curvature.per_sample import PerSample, first_sample_alone, recorder_for, re
 from curvature.protocols import CurvatureOperator, Estimator, Needs, Observation, State, Statistics
 from curvature.registry import estimators
 from curvature.running_mean import bias_corrected, check_beta
-from curvature.sample_mixing import FirstInputs, refuse_per_sample, samples_mixed
+from curvature.sample_mixing import FirstInputs, first_axis_mixed, refuse_per_sample
 
 if TYPE_CHECKING:
     from curvature.problem import Evaluation, Problem
@@ -133,7 +133,7 @@ class EmpiricalFisherDiagonal(Estimator):
         for seen in problem.evaluations():
             if total is None:
                 _ = seen.graph.output  # which refuses a loss with a part beside it
-                refuse_per_sample(samples_mixed(problem.model, [seen.inputs]), problem.model)
+                refuse_per_sample(first_axis_mixed(problem.model, [seen.inputs]), problem.model)
             count = samples_of(seen)
             c = loss_weights.sample_weights(
                 problem.loss_fn, seen.outputs, seen.target, problem.weight_fn, count

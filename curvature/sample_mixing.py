@@ -35,7 +35,8 @@ _apart: weakref.WeakKeyDictionary[nn.Module, set[Hashable]] = weakref.WeakKeyDic
 TRIED = 4
 
 Verdict: TypeAlias = str
-"""``"apart"``: no row depends on another sample; ``"mixed"``: one does; anything else: why nobody can say."""
+"""``"apart"``: no row depends on another sample; ``"mixed"``: one does; ``"second"``: of what lies along axis 1 of the
+outputs none does, of what lies along axis 0 one does, or nobody can say; anything else: why nobody can say."""
 
 FAILURES = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
 
@@ -236,8 +237,26 @@ class _NoDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def first_axis_mixed(
+    model: nn.Module, args: Sequence[Any], keywords: Mapping[str, Any] | None = None
+) -> Verdict:
+    """:func:`samples_mixed` for samples along axis 0 of the outputs; where they are not kept apart axis 1 is tried."""
+    verdict = samples_mixed(model, args, keywords)
+    if verdict == "apart":
+        return verdict
+    second = any(samples_mixed(model, args, keywords, axis, (1,)) == "apart" for axis in (1, 0))
+    return "second" if second else verdict
+
+
 def refuse_per_sample(verdict: Verdict, model: nn.Module) -> None:
     """Raise or warn where a sample has no gradient of its own."""
+    if verdict == "second":
+        raise ValueError(
+            f"{type(model).__name__} keeps apart what lies along axis 1 of its outputs and not what lies along axis 0, "
+            "where the samples are looked for: if it is time first, let the model take and return the samples first, "
+            "(N, T, …), by transpose(0, 1) at its ends; if it mixes the samples of a batch, no sample has a gradient "
+            "of its own: use curvature of the whole batch (Hessian, GaussNewton, GaussNewtonDiagonal, samples='batch')"
+        )
     decide(
         verdict,
         model,
@@ -357,4 +376,4 @@ class FirstInputs:
             return "apart"
         self._handle.remove()
         seen, self.seen, self._handle = self.seen, None, None
-        return "it was not called as a whole" if seen is None else samples_mixed(self.model, *seen)
+        return "it was not called as a whole" if seen is None else first_axis_mixed(self.model, *seen)

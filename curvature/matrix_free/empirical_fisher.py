@@ -23,7 +23,7 @@ from curvature.measured_weights import batch_size
 from curvature.problem import Problem
 from curvature.protocols import HessianProduct, Observation, State, Statistics
 from curvature.registry import estimators
-from curvature.sample_mixing import FirstInputs, refuse_batch_statistics, refuse_per_sample, samples_mixed
+from curvature.sample_mixing import FirstInputs, first_axis_mixed, refuse_batch_statistics, refuse_per_sample
 from curvature.side_effects import coupled_by_batch_norm
 
 
@@ -90,7 +90,7 @@ class EmpiricalFisher(OutputSpaceEstimator):
             )
         snapshot = super().snapshot(problem)
         refuse_other_paths(snapshot)
-        refuse_per_sample(samples_mixed(problem.model, [problem.batches[0][0]]), problem.model)
+        refuse_per_sample(first_axis_mixed(problem.model, [problem.batches[0][0]]), problem.model)
         return snapshot
 
     def memories(self, snapshot: Snapshot) -> list[Memory]:

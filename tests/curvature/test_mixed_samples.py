@@ -493,6 +493,41 @@ def test_kronecker_factors_of_rows_that_serve_all_samples_are_not_refused() -> N
     assert torch.isfinite(trained(KFAC(model, fisher="mc"), model)).all()
 
 
+@pytest.mark.filterwarnings("ignore:.*treats these by the diagonal")
+@pytest.mark.parametrize("times", [N, N - 2])
+@pytest.mark.parametrize("layout", [TimeFirst, ToTimeFirst])
+@pytest.mark.parametrize("name", IN_TRAINING)
+def test_time_first_is_told_apart_from_mixing(name: str, layout: type[nn.Module], times: int) -> None:
+    """As many times as samples or not: what to do is said, and with the samples first it is exact."""
+    model = seeded(layout())
+    x = reals(times, N, 4) if layout is TimeFirst else reals(N, times, 4)
+    y = classes(times, N)
+
+    def loss_fn(z: Tensor, _: Tensor) -> Tensor:
+        return functional.cross_entropy(z.flatten(0, 1), y.flatten())
+
+    with pytest.raises(ValueError, match=r"if it is time first, .* by transpose\(0, 1\)"):
+        trained(IN_TRAINING[name](model), model, x, loss_fn)
+    if "kfac" in name:
+        return
+    first = seeded(Call(lambda m, x: m.inner(x).transpose(0, 1), inner=layout()))
+    if layout is TimeFirst:
+        first.function = lambda m, x: m.inner(x.transpose(0, 1)).transpose(0, 1)
+        x = x.transpose(0, 1)
+    params, z = dense.trainable(first), first(x)
+    expected = 0
+    for n in range(N):
+        g = dense.gradient(functional.cross_entropy(z[n], y[:, n]), params)
+        expected = expected + torch.outer(g, g) / N
+    B = trained(
+        IN_TRAINING[name](first),
+        first,
+        x,
+        lambda z, _: functional.cross_entropy(z.flatten(0, 1), y.T.flatten()),
+    )
+    assert dense.relative_error(B.diagonal(), expected.diagonal()) < 1e-10
+
+
 def test_the_empirical_fisher_asks_for_the_model_in_training() -> None:
     model = two(lambda m, x: m.b(m.a(x).tanh()))
     with pytest.raises(ValueError, match=r"EmpiricalFisher needs model= in an optimizer.*give model=model"):
