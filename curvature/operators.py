@@ -6,6 +6,7 @@ Legend: P parameters' elements in all, ``v`` a list of tensors shaped like the p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -205,19 +206,24 @@ class PowerDiagonal(MappedDiagonal):
     def __init__(
         self, base: Sequence[Tensor], scales: Sequence[float | Tensor], power: float, floor: float
     ) -> None:
-        super().__init__(base, self._put, least=floor)
         self.scales, self.power, self.floor = list(scales), power, floor
+        # a function of its own: a method would hold this object, and its values, until a garbage collection
+        super().__init__(base, partial(_put_power, self.scales, power, floor), least=floor)
 
-    def _put(self, x: Tensor, i: int, out: Tensor) -> None:
-        scale = self.scales[i]
-        if self.power != 1.0:
-            torch.pow(x, self.power, out=out)
-            if isinstance(scale, Tensor) or scale != 1.0:
-                out.mul_(scale)
-        else:
-            torch.mul(x, scale, out=out)
-        if self.floor != 0.0:
-            out.clamp_(min=self.floor)
+
+def _put_power(
+    scales: Sequence[float | Tensor], power: float, floor: float, x: Tensor, i: int, out: Tensor
+) -> None:
+    """max(γ x^k, ε) of a block of tensor i's x."""
+    scale = scales[i]
+    if power != 1.0:
+        torch.pow(x, power, out=out)
+        if isinstance(scale, Tensor) or scale != 1.0:
+            out.mul_(scale)
+    else:
+        torch.mul(x, scale, out=out)
+    if floor != 0.0:
+        out.clamp_(min=floor)
 
 
 class IdentityOperator(Operator):

@@ -198,6 +198,10 @@ class SecondOrder(Observing):
             step_change=self._step_change(),
             gradient_at=self._gradient_at(closure, before),
         )
+        taken = self._paths.in_parts(held, gradient, loss, ranks)
+        if taken is not None:
+            self._record(loss, taken, core.review(composition, self._region_state, taken, loss), None)
+            return
         operator = core.refreshed(composition, seen, held.curvature_state)
         recorded = self._paths.in_place(held, operator, gradient, self._pending.rows, ranks)
         if recorded is not None:

@@ -6,6 +6,9 @@ From the narrowest to the widest:
 - *compiled*, where every tensor has a gradient (:mod:`optimizers.compiled`): two kernels for one formula an element,
   a graph over all tensors for any other composition whose signals are gradients;
 - *blocked*: likewise, one formula an element on a CPU, block by block (``blocked.py``);
+- *centred*: Tadam's composition on a CPU, block by block (``centred_step.py``);
+- *separate*: the general step one tensor after another, where nothing joins tensors (``separate_step.py``): LAMB's,
+  LARS's and Muon's on a CPU;
 - *in place*: on a CPU a diagonal curvature, block by block or, with ``compile=True``, in one native pass
   (``diagonal_step.py``), one that is diagonal in a rotated basis (``rotated_step.py``), or Kronecker factors
   (``kronecker_step.py``);
@@ -28,7 +31,15 @@ from curvature.kronecker.inverses import FactoredKroneckerOperator
 from curvature.operators import DiagonalOperator
 from curvature.protocols import CurvatureOperator, State
 from curvature.rotated_diagonal import RotatedDiagonalOperator
-from optimizers import blocked, diagonal_step, elementwise, kronecker_step, rotated_step
+from optimizers import (
+    blocked,
+    centred_step,
+    diagonal_step,
+    elementwise,
+    kronecker_step,
+    rotated_step,
+    separate_step,
+)
 from optimizers.compiled import graph
 from optimizers.compiled.captured_path import CapturedPath
 from optimizers.compiled.elementwise_path import ElementwisePath, has_passes, passes_for
@@ -285,6 +296,19 @@ class StepPaths:
         return ElementwisePath(trust_region, tensors, kind, passes)
 
     # -- on a CPU without a compiler ------------------------------------------------------------------------------
+
+    def in_parts(
+        self, held: Held, gradient: Sequence[Tensor | None], loss: Tensor | None, ranks: Ranks
+    ) -> Proposal | None:
+        """The proposal of a step that was taken in blocks or tensor by tensor; its review is the caller's."""
+        if ranks.shards is not None:
+            return None
+        composition, given = self.composition, cast("list[Tensor]", gradient)
+        if centred_step.suits(composition, held, gradient):
+            return centred_step.step_(composition, held, given, loss)
+        if separate_step.suits(composition, held, gradient):
+            return separate_step.step_(composition, held, given, loss)
+        return None
 
     def in_place(
         self,

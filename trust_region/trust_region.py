@@ -251,10 +251,12 @@ def predicted_parts(
 ) -> list[Tensor]:
     """-(gᵀp + ½ pᵀBp) of the step as it will be taken, its share for every tensor; their sum is the prediction.
 
-    Where every tensor has the same learning rate η the product B p of the solver is reused: B(ηp) = ηBp.
+    The product B p of the solver is reused where every tensor has the same learning rate η, or B joins no tensors:
+    B(ηp) = ηBp.
     """
     product = solution.curvature_step
     same = context.lr is None or all(_same(eta, context.lr[0]) for eta in context.lr[1:])
+    same = same or getattr(curvature, "is_diagonal", False)
     if product is None or not same:
         step = scaled_by_lr(solution.step, context.lr)
         linear, quadratic = vectors.dots(gradient, step), vectors.dots(curvature.matvec(step), step)

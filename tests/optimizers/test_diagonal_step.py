@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -174,3 +176,16 @@ def test_a_record_that_is_asked_for_late_is_that_of_its_step() -> None:
     for record in records[1:]:
         torch.testing.assert_close(record, records[0], rtol=0, atol=0, equal_nan=True)
     assert bool((records[0] > 0).any())
+
+
+def test_an_operator_dies_with_its_last_reference() -> None:
+    """Not in a later garbage collection, until which it would hold the values that it formed."""
+    gc.disable()
+    try:
+        operator = RootDiagonal(HutchinsonDiagonal()).operator({"diagonal": [torch.ones(3)]})
+        assert operator.diagonal()[0].sum() == 3.0
+        seen = weakref.ref(operator)
+        del operator
+        assert seen() is None
+    finally:
+        gc.enable()

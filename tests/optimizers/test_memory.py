@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from optimizers import SOAA, AdamW, SecondOrder, Tadam, blocked
+from optimizers import LAMB, LARS, SOAA, AdamW, Muon, SecondOrder, SophiaH, Tadam, blocked
 from optimizers.compiled import elementwise_path
 
 SHAPES = [(1200, 512), (512,), (77, 3), (900, 300)]
@@ -67,6 +68,47 @@ def test_a_step_in_blocks_holds_its_blocks_alone(
     optimizer = check(make, warm_up=0)
     assert isinstance(optimizer._paths._path.passes, blocked.BlockedPasses)
     assert peak_bytes(lambda: optimizer.step_info.step_norm) <= 0.05 * 4 * 1200 * 512  # its record, too
+
+
+def shortened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocked, "BLOCK", 1 << 12)
+    monkeypatch.setattr(blocked, "SMALL", 1 << 10)
+
+
+def test_tadam_in_blocks_holds_its_blocks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The general path held 5.4 times the parameters."""
+    shortened(monkeypatch)
+    params = with_gradients()
+    size = sum(p.nbytes for p in params)
+    optimizer = Tadam(params)
+    for t in range(3):
+        assert peak_bytes(lambda t=t: optimizer.step(loss=torch.tensor(2.0 - 0.1 * t))) <= 0.05 * size
+
+
+@pytest.mark.parametrize("compiles", ["auto", True])
+def test_sophia_holds_its_blocks_alone(compiles: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a step that refreshes too, which takes in what ``backward`` measured; native passes hold nothing."""
+    shortened(monkeypatch)
+    params = with_gradients()
+    size = sum(p.nbytes for p in params)
+    optimizer = SophiaH(params, interval=2, compile=compiles)
+    for _ in range(3):
+        optimizer.zero_grad()
+        optimizer.backward(sum(p.square().sum() for p in params))
+        assert peak_bytes(optimizer.step) <= (0.05 if compiles != True else 0.005) * size  # noqa: E712
+
+
+@pytest.mark.parametrize("make", [LAMB, LARS, Muon])
+def test_a_step_tensor_by_tensor_holds_a_layers_worth(
+    make: Callable[[list[nn.Parameter]], SecondOrder],
+) -> None:
+    """Of 40 layers; the general path held four to six times all of them."""
+    params = [nn.Parameter(torch.randn(64, 64)) for _ in range(40)]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer = make(params)
+    for _ in range(2):
+        assert peak_bytes(optimizer.step) <= 8 * params[0].nbytes
 
 
 def test_native_passes_hold_nothing() -> None:

@@ -59,7 +59,8 @@ def test_repeated_signs_neither_bias_the_estimate_nor_make_it_seem_exact(size: i
     op = MatrixFreeOperator(lambda v: [B @ v[0]], like)
     runs = [xdiag(op, products, seed=s) for s in range(600)]
     values, errors = (
-        torch.stack([x[0] for x in xs]) for xs in zip(*[(r.value, r.standard_error) for r in runs], strict=True)
+        torch.stack([x[0] for x in xs])
+        for xs in zip(*[(r.value, r.standard_error) for r in runs], strict=True)
     )
     # size elements, 600 seeds from 0
     assert ((values.mean(0) - B.diagonal()).abs() < 4.5 * values.std(0) / 600**0.5).all()
