@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from curvature import vectors
-from curvature.limited_memory import LimitedMemory
+from curvature.limited_memory import ROUNDING, LimitedMemory
 from curvature.protocols import State
 from curvature.registry import estimators
 
@@ -28,7 +28,8 @@ class LBFGS(LimitedMemory):
     Args:
         history: m >= 1 pairs.
         initial_curvature: γ outside the span of the pairs, see :class:`curvature.limited_memory.LimitedMemory`.
-        safeguard: what keeps B positive definite: ``"skip"`` drops a pair with sᵀy <= skip_below ‖s‖ ‖y‖;
+        safeguard: what keeps B positive definite: ``"skip"`` drops a pair with sᵀy <= skip_below ‖s‖ ‖y‖, or within
+            rounding of 0;
             ``"powell"`` takes θy + (1-θ)Bs in place of y where sᵀy < 0.2 sᵀBs, with θ so that equality holds.
         skip_below: in [0, 1).
 
@@ -60,13 +61,14 @@ class LBFGS(LimitedMemory):
         if not 0.0 <= self.skip_below < 1.0:
             raise ValueError(f"skip_below must be in [0, 1), got {self.skip_below}")
 
-    def accepts(self, state: State, s: list[Tensor], y: list[Tensor]) -> Tensor:
-        """sᵀy > ε ‖s‖ ‖y‖; with Powell's safeguard any step that moved."""
-        lengths = vectors.norm(s) * vectors.norm(y)
-        finite = (lengths > 0) & torch.isfinite(lengths)
+    def accepts(self, state: State, s: list[Tensor], y: list[Tensor], noise: float | Tensor = 0.0) -> Tensor:
+        """sᵀy > ε ‖s‖ ‖y‖; with Powell's safeguard any step that moved and changed the gradient."""
+        length, change = vectors.norm(s), vectors.norm(y)
+        finite = (length * change > 0) & torch.isfinite(length * change)
         if self.safeguard == "powell":
-            return finite
-        return finite & (vectors.dot(s, y) > self.skip_below * lengths)
+            return finite & (change > noise)
+        rounding = noise + ROUNDING * vectors.epsilon(s) * change
+        return finite & (vectors.dot(s, y) > length * torch.maximum(rounding, self.skip_below * change))
 
     def updated(self, B: Tensor, s: Tensor, y: Tensor) -> Tensor:
         """Eq. (6.19), with (18.14) and (18.15) where asked for."""

@@ -19,6 +19,11 @@ from curvature import vectors
 from curvature.low_rank_operator import LowRankOperator, flat_rows, split_rows
 from curvature.protocols import Estimator, Needs, Observation, State
 
+#: How many units of roundoff count as rounding in a sum or a difference.
+ROUNDING = 8
+#: sᵀy / ‖s‖ ‖y‖ above which a pair's curvature is taken for positive: its reciprocal scales γ.
+POSITIVE = 1e-8
+
 
 @dataclass(frozen=True)
 class LimitedMemory(Estimator):
@@ -30,7 +35,7 @@ class LimitedMemory(Estimator):
     Args:
         history: m >= 1.
         initial_curvature: γ, the curvature in every direction that no pair knows: ``"scaled"`` is yᵀy / sᵀy of the
-            newest pair with sᵀy > 0 (1 before there is one), or a number > 0.
+            newest pair with sᵀy > 10⁻⁸ ‖s‖ ‖y‖ (1 before there is one), or a number > 0.
     """
 
     history: int = 10
@@ -90,7 +95,9 @@ class LimitedMemory(Estimator):
                 )
             s = [x.detach().to(p.dtype) for x, p in zip(seen.step_change, previous, strict=True)]
             y = [g - p for g, p in zip(gradient, previous, strict=True)]
-            self.insert(state, s, y, self.accepts(state, s, y) & same)
+            # y holds the rounding of two gradients, which may be all of it after a short step
+            noise = ROUNDING * vectors.epsilon(previous) * (vectors.norm(gradient) + vectors.norm(previous))
+            self.insert(state, s, y, self.accepts(state, s, y, noise) & same)
         for p, g in zip(previous, gradient, strict=True):
             p.copy_(g)
         for t, given in zip(last, seen.gradient, strict=True):
@@ -104,8 +111,15 @@ class LimitedMemory(Estimator):
         changed = [(t == count) != (g is not None) for t, g in zip(last, gradient, strict=True)]
         return ~vectors.any_of(changed)
 
-    def accepts(self, state: State, s: list[Tensor], y: list[Tensor]) -> Tensor:
-        """Whether the pair is to be kept, a 0-d bool; NaN must give ``False``."""
+    def accepts(self, state: State, s: list[Tensor], y: list[Tensor], noise: float | Tensor = 0.0) -> Tensor:
+        """Whether the pair is to be kept, a 0-d bool; NaN must give ``False``.
+
+        Args:
+            state: as it is before the pair.
+            s: the step.
+            y: the change of the gradient.
+            noise: the length that rounding alone may have given y.
+        """
         raise NotImplementedError
 
     def updated(self, B: Tensor, s: Tensor, y: Tensor) -> Tensor:
@@ -150,9 +164,10 @@ class LimitedMemory(Estimator):
         """γ from the pairs (m, n), oldest first."""
         if isinstance(self.initial_curvature, str):
             found = torch.ones((), dtype=s.dtype, device=s.device)
+            smallest = max(POSITIVE, ROUNDING * torch.finfo(s.dtype).eps)
             for s_i, y_i, held in zip(s, y, valid, strict=True):
                 sy, yy = torch.dot(s_i, y_i), torch.dot(y_i, y_i)
-                floor = torch.finfo(s.dtype).eps * torch.linalg.vector_norm(s_i) * yy.sqrt()
+                floor = smallest * torch.linalg.vector_norm(s_i) * yy.sqrt()
                 found = torch.where(held & (sy > floor), yy / sy, found)
             return found
         return torch.full((), self.initial_curvature, dtype=s.dtype, device=s.device)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from curvature import vectors
-from curvature.limited_memory import LimitedMemory
+from curvature.limited_memory import ROUNDING, LimitedMemory
 from curvature.protocols import State
 from curvature.registry import estimators
 
@@ -27,7 +27,8 @@ class LSR1(LimitedMemory):
     Args:
         history: m >= 1 pairs.
         initial_curvature: γ outside the span of the pairs, see :class:`curvature.limited_memory.LimitedMemory`.
-        skip_below: r in [0, 1): a pair with |sᵀv| < r ‖s‖ ‖v‖ is skipped, as its update would be unbounded.
+        skip_below: r in [0, 1): a pair with |sᵀv| < r ‖s‖ ‖v‖ is skipped, as its update would be unbounded; so is one
+            whose sᵀv is within rounding of 0.
 
     >>> import torch
     >>> from curvature import Observation
@@ -54,24 +55,24 @@ class LSR1(LimitedMemory):
         if not 0.0 <= self.skip_below < 1.0:
             raise ValueError(f"skip_below must be in [0, 1), got {self.skip_below}")
 
-    def accepts(self, state: State, s: list[Tensor], y: list[Tensor]) -> Tensor:
+    def accepts(self, state: State, s: list[Tensor], y: list[Tensor], noise: float | Tensor = 0.0) -> Tensor:
         """|sᵀv| >= r ‖s‖ ‖v‖ with the present B, and a pair that B does not fit already."""
         Bs = self.operator(state).matvec(s)
         v = vectors.add(y, Bs, -1.0)
         product, length = vectors.dot(s, v).abs(), vectors.norm(v)
-        noise = 8 * torch.finfo(length.dtype).eps * (vectors.norm(y) + vectors.norm(Bs))
-        enough = (product > 0) & (product >= self.skip_below * vectors.norm(s) * length)
-        return enough & (length > noise) & torch.isfinite(length)
+        rounding = noise + ROUNDING * vectors.epsilon(s) * (vectors.norm(y) + vectors.norm(Bs))
+        enough = product > vectors.norm(s) * torch.maximum(rounding, self.skip_below * length)
+        return enough & torch.isfinite(length)
 
     def updated(self, B: Tensor, s: Tensor, y: Tensor) -> Tensor:
         """B + v vᵀ / sᵀv, eq. (6.24), with the same test, since older pairs may have gone."""
         v = y - B @ s
         product = torch.dot(s, v)
         length = torch.linalg.vector_norm(v)
-        limit = self.skip_below * torch.linalg.vector_norm(s) * length
-        # A pair that B fits to rounding leaves nothing but rounding in v.
-        noise = 8 * torch.finfo(B.dtype).eps * (torch.linalg.vector_norm(y) + torch.linalg.vector_norm(B @ s))
-        good = (product.abs() >= limit) & (product != 0) & (length > noise)
+        # A pair that B fits to rounding leaves nothing but rounding in v, and so in sᵀv.
+        sizes = torch.linalg.vector_norm(y) + torch.linalg.vector_norm(B @ s)
+        limit = torch.maximum(ROUNDING * torch.finfo(B.dtype).eps * sizes, self.skip_below * length)
+        good = product.abs() > torch.linalg.vector_norm(s) * limit
         return torch.where(good, B + torch.outer(v, v) / torch.where(good, product, 1.0), B)
 
 

@@ -88,6 +88,15 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if wide else torch.promote_types(dtype, torch.float32)
 
 
+def epsilon(v: Vector) -> float:
+    """The largest unit roundoff of the tensors' dtypes.
+
+    >>> epsilon([torch.zeros(1), torch.zeros(1, dtype=torch.float64)]) == torch.finfo(torch.float32).eps
+    True
+    """
+    return max(torch.finfo(x.dtype).eps for x in v)
+
+
 def scalar_like(params: Vector, value: float = 0.0) -> Tensor:
     """A 0-d tensor for a scalar of the whole optimizer: first parameter's device, float32 or wider."""
     first = params[0]
