@@ -20,9 +20,9 @@ from curvature.kronecker import learning, measurement, owned, owned_moments
 from curvature.kronecker.divided_bases import DividedBases
 from curvature.kronecker.eigen import eigh_here, eigh_many
 from curvature.kronecker.equal_eigenvalues import without_choice
-from curvature.kronecker.estimator import Parts
 from curvature.kronecker.layout import Block, Layout
 from curvature.kronecker.learning import held
+from curvature.kronecker.live import Parts
 from curvature.kronecker.moments import HELD, Held
 from curvature.kronecker.operator import Eigenblock, KroneckerOperator
 from curvature.kronecker.orthogonal_iteration import iterate_here, iterate_many

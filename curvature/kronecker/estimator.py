@@ -6,7 +6,7 @@ at its root parameter (the weight, or else the bias), and tensors without elemen
 
 from __future__ import annotations
 
-import warnings
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
@@ -19,62 +19,24 @@ from curvature.estimate import from_statistics
 from curvature.kronecker import fallback, learning, measurement, sample_rows
 from curvature.kronecker.factors import Sharing, sample_count
 from curvature.kronecker.fisher import FISHER_KINDS, FisherKind, columns
-from curvature.kronecker.gradient_rows import Proven
 from curvature.kronecker.layout import Block, Layout, build_layout
 from curvature.kronecker.learning import held
-from curvature.kronecker.moments import Held
+from curvature.kronecker.live import Live, Parts, refuse_coupled_samples
 from curvature.kronecker.operator import Eigenblock, KroneckerOperator
 from curvature.kronecker.output_curvature import (
     LIKELIHOODS,
     OutputCurvature,
     output_curvature,
 )
-from curvature.kronecker.proofs import Proofs
 from curvature.kronecker.send_back import Accumulators, SendBack
 from curvature.kronecker.spare import Spare
-from curvature.layer_io import Recorder
 from curvature.likelihood import Likelihood
 from curvature.loss_graph import LossGraph
 from curvature.loss_weights import sample_weights
 from curvature.problem import Evaluation, Problem
 from curvature.protocols import TRANSIENT, Estimator, Needs, Observation, State, Statistics
 from curvature.running_mean import check_beta
-from curvature.sample_mixing import FirstInputs, refuse_per_sample
-from curvature.side_effects import coupled_by_batch_norm
-
-
-@dataclass
-class _Live:
-    """What an estimator holds beside its hyperparameters: hooks in its model, its last layout, what it has proven."""
-
-    recorder: Recorder | None = None
-    layout: Layout | None = None
-    proven: Likelihood | None = None
-    said: set[str] = field(default_factory=set)
-    proofs: Proofs = field(default_factory=Proofs)
-    spare: Spare = field(default_factory=Spare)
-    first: FirstInputs | None = None
-    may_mix: bool = False
-    rows: Proven = field(default_factory=Proven)
-
-
-@dataclass
-class Parts:
-    """What one step's micro-batches leave to each other, until the step is taken.
-
-    Args:
-        samples: how many there were so far, by which labels are drawn.
-        count: the micro-batches so far.
-        held: what EK-FAC's first S will be formed from, while there is no basis yet.
-        alone: the first S where one micro-batch was too large to be held, measured in the bases of it alone.
-        owned: S of the blocks whose bases this rank alone keeps, so far.
-    """
-
-    samples: int = 0
-    count: int = 0
-    held: Held | None = None
-    alone: list[Tensor] | None = None
-    owned: dict[int, Tensor] = field(default_factory=dict)
+from curvature.sample_mixing import FirstInputs
 
 
 @dataclass(frozen=True)
@@ -93,7 +55,7 @@ class KroneckerEstimator(Estimator):
     max_dim: int | None = 8192
     exclude: Sequence[str] = ()
     between_samples: Literal["refuse", "drop"] = "refuse"
-    _live: _Live = field(init=False, repr=False, compare=False, default_factory=_Live)
+    _live: Live = field(init=False, repr=False, compare=False, default_factory=Live)
 
     semidefinite = True
     symmetric_statistics = ("A", "G", "G_transposed")
@@ -185,30 +147,10 @@ class KroneckerEstimator(Estimator):
 
     def _layout(self, params: Sequence[Tensor]) -> Layout:
         """The layout of ``params``, kept until other parameters are asked about; installs the hooks."""
-        live = self._live
         names = {id(p): name for name, p in self.model.named_parameters()}
-        if live.layout is None or live.layout.names != tuple(names.get(id(p), "") for p in params):
-            live.layout = build_layout(self.model, params, tuple(self.exclude), self.max_dim)
-            self._say(live.layout)
-        watched = live.layout.watched
-        if live.recorder is None or not set(watched) <= set(live.recorder.names):
-            before = () if live.recorder is None else live.recorder.names
-            live.recorder = Recorder(self.model, dict.fromkeys((*before, *watched)))
-        return live.layout
-
-    def _say(self, layout: Layout) -> None:
-        new = {where: why for where, why in layout.reasons.items() if where not in self._live.said}
-        self._live.said.update(new)
-        quiet = {"excluded"}
-        told = [f"{where}: {why}" for where, why in new.items() if why not in quiet]
-        if told:
-            warnings.warn(
-                f"{type(self).__name__} treats these by the diagonal of the same curvature: "
-                + "; ".join(told)
-                + ". "
-                "Exclude them to say so, or register a rule (how_to/add_layer_rule)",
-                stacklevel=4,
-            )
+        build = functools.partial(build_layout, self.model, params, tuple(self.exclude), self.max_dim)
+        wanted = tuple(names.get(id(p), "") for p in params)
+        return self._live.layout_of(wanted, build, self.model, type(self).__name__)
 
     def due(self, state: State) -> bool:
         """Every ``factor_interval`` steps, beginning with the first."""
@@ -264,7 +206,7 @@ class KroneckerEstimator(Estimator):
         apart = self.between_samples == "refuse"
         if apart:
             refuse_coupled_samples(self.model)
-            self._try_model()
+            self._live.try_model(self.model, by_labels=self.fisher == "empirical")
         modules = dict(self.model.named_modules())
         used = measurement.block_calls(layout, trace, modules, params)
         found = self._output_curvature(graph)
@@ -309,19 +251,6 @@ class KroneckerEstimator(Estimator):
             for i in layout.diagonal:
                 diagonal[i].fill_(1.0)
         return statistics
-
-    def _try_model(self) -> None:
-        """Look once whether a row of the model's outputs depends on other samples.
-
-        A sample of the empirical Fisher has then no gradient. Drawn labels let rows meet, in expectation without harm
-        where a row is computed once for all samples; of a model that mixes them the rows are proven.
-        """
-        if self._live.first is None:
-            return
-        verdict = self._live.first.verdict()
-        if self.fisher == "empirical":
-            refuse_per_sample(verdict, self.model)
-        self._live.may_mix = self._live.may_mix or verdict != "apart"
 
     def _proven(
         self,
@@ -451,14 +380,3 @@ class KroneckerEstimator(Estimator):
                 f"{type(self).__name__} has not been initialised for these parameters: call init(params) first"
             )
         return layout
-
-
-def refuse_coupled_samples(model: nn.Module) -> None:
-    """Refuse batch norm in training mode: every sample's output then depends on all samples."""
-    name = coupled_by_batch_norm(model)
-    if name is not None:
-        raise ValueError(
-            f"batch norm {name!r} is in training mode, where samples depend on each other and have no curvature of "
-            "their own: freeze its statistics with .eval(), use a norm that treats samples alone (GroupNorm), or leave "
-            "out what is between samples with between_samples='drop'"
-        )
