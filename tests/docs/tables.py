@@ -115,6 +115,16 @@ def results_file(path: str) -> dict[str, Any]:
     return content
 
 
+def step_memory() -> Rows:
+    """The most that a step holds, in the parameters' bytes; only what was counted."""
+    counted = results_file("step_cost/memory.json")
+    rows = [["preset", "default, CPU", "compile=True, CPU"]]
+    for name, found in sorted(counted.items(), key=lambda entry: entry[1]["default"]):
+        told = (found["default"], found["compiled"])
+        rows.append([f"``{name}``", *("not counted" if x is None else f"{x:.2f}" for x in told)])
+    return rows
+
+
 def whole_steps() -> Rows:
     """Whole training steps as timed, what is asked of them, and what they are made of."""
     timed, counted = (
@@ -155,6 +165,7 @@ TABLES: dict[str, Callable[[], Rows]] = {
     "explanation/costs_7B.csv": lambda: ranks_at("7B"),
     "explanation/costs_70B.csv": lambda: ranks_at("70B"),
     "explanation/step_cost.csv": step_cost,
+    "explanation/step_memory.csv": step_memory,
     "how_to/curvature_cost.csv": curvature_cost,
     "results/step_cost/whole_steps.csv": whole_steps,
     "results/curvature_cost/table.csv": curvature_cost_with_peers,
