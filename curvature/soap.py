@@ -37,6 +37,10 @@ class SOAP(Estimator):
     (A gradient in its own eigenbasis is diagonal: what stands beside the diagonal is rounding, and dividing by its root
     mean square would make steps of it.)
 
+    Where gradients span fewer directions than a dimension has, the basis of the rest is free, and rounding chooses it:
+    two runs that differ by rounding may part. What any choice keeps: Q is orthogonal, and the sum of the second moment
+    is the running mean of ‖G‖².
+
     Args:
         beta: β₂, decay of the second moment, in [0, 1).
         factor_beta: decay of the factors, in [0, 1); ``None`` is ``beta``.

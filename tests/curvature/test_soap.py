@@ -98,6 +98,30 @@ def test_operator_is_symmetric_positive_and_exact() -> None:
     torch.testing.assert_close(torch.cat([x.reshape(-1) for x in B.matvec(v)]), dense @ flat)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_gradients_of_low_rank_keep_the_basis_orthogonal_and_the_sum_of_the_moment(
+    rank: int, dtype: torch.dtype
+) -> None:
+    """What does not depend on which basis rounding chooses for the directions that no gradient has."""
+    estimator = SOAP(beta=0.9, interval=2)
+    state = estimator.init([torch.zeros(6, 5, dtype=dtype)])
+    generator = torch.Generator().manual_seed(rank)
+    eps, total = torch.finfo(dtype).eps, 0.0
+    left = torch.randn(6, rank, generator=generator, dtype=torch.float64)  # the same directions at every step
+    for t in range(30):
+        G = (left @ torch.randn(rank, 5, generator=generator, dtype=torch.float64)).to(dtype)
+        estimator.update(state, Observation(gradient=[G]))
+        if t > 0:  # the first gradient has no basis, and leaves the moment
+            total = 0.9 * total + 0.1 * float(G.double().square().sum())
+        [moment], [flat] = state["second_moment"], state["bases"]
+        if t > 0:
+            assert abs(float(moment.double().sum()) - total) <= 1e3 * eps * total
+        for Q in (flat[:36].reshape(6, 6), flat[36:].reshape(5, 5)):
+            torch.testing.assert_close(Q.T @ Q, torch.eye(len(Q), dtype=dtype), rtol=0, atol=1e2 * eps)
+        assert bool(estimator.operator(state).solve([G])[0].isfinite().all())
+
+
 def test_a_vector_and_a_long_dimension_are_adams() -> None:
     estimator = SOAP(beta=0.9, max_dim=2, interval=1)
     shapes: list[tuple[int, ...]] = [(4,), (3, 5)]
