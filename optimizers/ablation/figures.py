@@ -78,17 +78,22 @@ def png(figure: Figure, look: Mapping[str, Style] | None = None) -> bytes:
     if look:
         width, height = figure.get_size_inches()
         columns = 2
-        figure.set_size_inches(width, height + 0.2 * math.ceil(len(look) / columns))
+        names = [textwrap.fill(label, 30) for label in look]
+        rows = math.ceil(len(look) / columns)
+        tall = max(
+            sum(1 + name.count("\n") for name in names[i : i + rows]) for i in range(0, len(names), rows)
+        )
+        figure.set_size_inches(width, height + 0.2 * tall)
         lines = [Line2D([], [], linewidth=1.6, **style) for style in look.values()]
         figure.legend(
             lines,
-            list(look),
+            names,
             loc="outside lower center",
             ncols=columns,
             fontsize="x-small",
             frameon=False,
-            handlelength=4,  # so that dashes are told apart
-            columnspacing=1.0,
+            handlelength=3,  # so that dashes are told apart
+            columnspacing=0.8,
         )
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=130, facecolor="white", metadata={"Software": None})

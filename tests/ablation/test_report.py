@@ -122,6 +122,20 @@ def test_picture_that_stands_alone_says_whose_each_line_is() -> None:
     assert sizes[1] > sizes[0]
 
 
+def test_legend_fits_into_its_picture() -> None:
+    names = ["SOAA, a scale and radius for each tensor", "AdamW, SOAA's radius replayed", "SOAA", "Muon"] * 4
+    look = figures.styles([f"{name} {i}" for i, name in enumerate(names)])
+    found = performance_profiles({name: [1.0 + i] for i, name in enumerate(look)})
+    figure = figures.profiles(found, look, "steps")
+    figures.png(figure, look)
+    FigureCanvasAgg(figure).draw()
+    (legend,) = figure.legends
+    place = legend.get_window_extent()
+    assert figure.bbox.x0 <= place.x0 < place.x1 <= figure.bbox.x1
+    assert figure.bbox.y0 <= place.y0
+    assert place.y1 <= figure.axes[0].get_window_extent().y0  # and leaves the axes their room
+
+
 def test_a_folder_without_results_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(AblationError, match="holds no results"):
         report(tmp_path)

@@ -120,7 +120,8 @@ def write(out: Path, only: Sequence[str] = (*KEPT, GRID)) -> None:
                 shutil.copy(heat_map, here / "figures" / "grid.png")
             elif name in ORDER:
                 parts[name] = _workload(folder, here, name, controls)
-    _write_csv(here / "controls.csv", [CONTROLS, *controls.values()])
+    ordered = sorted(controls.values(), key=lambda line: ORDER.index(line[0]))
+    _write_csv(here / "controls.csv", [CONTROLS, *ordered])
     _write_csv(here / "runs.csv", [RUN_COLUMNS, *runs])
     for name in (name for name in BETWEEN.values() if name in only):
         _between(here, name)
