@@ -47,7 +47,7 @@ def suits(
     if type(trust_region.radius) is not FixedRadius or trust_region.subproblem is not None:
         return False
     means = held.momentum_buffers()
-    if not means or any(g is None for g in gradient):
+    if not means:
         return False
     plain = all(
         p.device.type == "cpu" and p.dtype == m.dtype and g is not None and g.dtype == m.dtype

@@ -117,7 +117,7 @@ class Watch:
 
     @torch.no_grad()
     def found(self, params: Sequence[Tensor]) -> dict[int, GradientRows]:
-        """The rows by the block's root; what could not be proven is left out. The graph is let go."""
+        """The rows by the block's root; what could not be proven is left out."""
         rows: dict[int, GradientRows] = {}
         for block, _, record in self._places:
             Y = self._Y.get(block.root)
@@ -129,7 +129,6 @@ class Watch:
                 continue
             if self._proven.holds(block, X, Y, gradients):
                 rows[block.root] = GradientRows(X, Y, gradients, versions_of(X, Y, *gradients))
-        self._places, self._Y = [], {}
         return rows
 
 
