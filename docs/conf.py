@@ -100,7 +100,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(Tensor|Module|Parameter|Generator|Callable|Iterable|Iterator|Sequence|Mapping|Any|Path)"),
     (r"py:.*", r"(ParamsT|ProcessGroup|LinearOperator)"),
     # Aliases of literal types: the signature shows the alias, the docstring lists the values.
-    (r"py:.*", r"(.*\.)?(FisherKind|Sharing|Likelihood|Distribution|Scope|Compile|OptionValue|Sink)"),
+    (r"py:.*", r"(.*\.)?(FisherKind|Sharing|Likelihood|Distribution|Scope|Compile|BesideOutputs|OptionValue|Sink)"),
     # Type variables and the state of an estimator or a policy, which each defines for itself.
     (r"py:.*", r"([A-Z]|State|.*\.(State|[A-Z]))"),
     (r"py:.*", r"optional"),
