@@ -55,8 +55,10 @@ class EKFAC(DividedBases):
     others, who measure in it: a measurement then holds what layers saw and got, as the first step does. What is larger
     than 2²⁶ numbers is looked at once more, with all bases at hand for that long.
 
-    Args: those of :class:`KFAC`, without ``damping_kind``: damping is exact, 1 / (S + λ). A run with
-        ``inverses="owner"`` goes on only from ``gathered_state_dict()``, whatever its ``inverse_interval``.
+    Its arguments are those of :class:`KFAC`, without ``damping_kind`` (damping is exact, 1 / (S + λ)), and one more. A
+    run with ``inverses="owner"`` goes on only from ``gathered_state_dict()``, whatever its ``inverse_interval``.
+
+    Args:
         refresh: how a basis follows its factor: ``"eigh"`` decomposes it anew; ``"qr"`` takes one step of orthogonal
             iteration from the basis before (the first is a decomposition all the same), about half the time on a CPU
             and less on an accelerator. S is measured in whichever basis there is, so the block stays the best one
