@@ -170,7 +170,7 @@ class CurvatureEstimator(Protocol):
       with ``gather(state)``, all of them, asked for by every rank; ``check_gathered(state, given)``, which refuses a
       loaded state that lacks what it needs (``given`` is then ``None``); and ``take_gathered(state, given)``.
     - ``watch(loss, outputs, params)``: what to watch in the backward pass that follows, or ``None``: a context manager
-      whose ``found(params)`` gives gradients as products of rows (:mod:`curvature.kronecker.gradient_rows`).
+      whose ``found(params)`` gives gradients as products of rows (``curvature.kronecker.gradient_rows``).
     - ``semidefinite``: whether every operator is positive semi-definite, so that :func:`optimizers.build` can refuse a
       region that needs it; ``None`` where nobody says, and then the first step finds out.
     """
