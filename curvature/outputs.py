@@ -34,6 +34,7 @@ def output_tensor(outputs: Any) -> Tensor:
     A tensor is itself; of a dict, a tuple or a dataclass it is the entry named ``logits``, or else the only
     floating-point tensor that requires grad.
 
+    >>> import torch
     >>> output_tensor({"logits": torch.zeros(2), "hidden": torch.ones(2)})
     tensor([0., 0.])
     """

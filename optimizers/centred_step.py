@@ -54,6 +54,8 @@ def suits(composition: Composition, held: Held, gradient: Sequence[Tensor | None
     means = held.momentum_buffers()
     if len(means) != len(held.shards) or not any(p.numel() for p in held.shards):
         return False
+    if len({m.dtype for m in means}) > 1:  # sums over all tensors, and scratch, have one precision
+        return False
     lists = (means, *(_state(held, name) for name in ("mean", "variance", "box_second_moment")))
     return all(
         g is not None

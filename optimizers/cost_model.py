@@ -219,7 +219,8 @@ class _Preset:
 # and θ (2). A sum over its own result that a step waits for costs one more pass over what it is formed from.
 _ADAM = _Preset(2, 2, 12, passes_over=8, shardable=True)
 _BY_PRODUCTS = _Preset(0, 1, 8, passes_over=8, per_product=10, trial=1 / 3)
-_MEMORY = _Preset(22, 1, 8 + 80, passes_over=12, per_product=10 + 42, by_model=False, trial=1 / 3)
+# 3: the steps, and the last update that saw a gradient, an int64
+_MEMORY = _Preset(22, 3, 8 + 80, passes_over=12, per_product=10 + 42, by_model=False, trial=1 / 3)
 _KRONECKER = _Preset(
     1, 2, 16, passes_over=15, passes_over_factors=5.1, gradients=2 / 3, trial=1 / 3, outputs=1, factors="kfac"
 )

@@ -233,7 +233,7 @@ def many_rows(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("loss_of", [penalised, penalised_bias, called_twice, many_rows])
 def test_what_is_no_product_of_one_calls_few_rows_goes_by_whole_products(loss_of: Loss) -> None:
     one, other = network(), network()
-    options: dict[str, Any] = {"loss_of": loss_of, "steps": 20, "since": 6}
+    options: dict[str, Any] = {"loss_of": loss_of, "steps": 20, "since": 6, "beside_outputs": "drop"}
     _, seen = trained(one, rows=True, **options)
     trained(other, rows=False, **options)
     assert (set(seen[:6]), set(seen[6:])) == ({3}, {0})
